@@ -1,0 +1,1 @@
+"""dinojax: self-supervised pretraining of DINOv3-style backbones in JAX."""

@@ -1,0 +1,1 @@
+"""From image sources to uint8 batches on the host, and colour on the device."""

@@ -1,0 +1,1 @@
+"""Hot operations with several implementations, equal in value."""

@@ -1,0 +1,1 @@
+"""Building blocks of the backbones (Flax NNX declarations and pure functions)."""

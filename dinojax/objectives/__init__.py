@@ -1,0 +1,1 @@
+"""Forward passes and loss terms of one kind of training."""

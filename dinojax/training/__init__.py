@@ -1,0 +1,1 @@
+"""What train.py is told from, one subject a file."""
