@@ -1,0 +1,43 @@
+"""Packaging of dinojax. Versions are bounded, not pinned; torch stays in the extra `oracle`."""
+
+from setuptools import find_packages, setup
+
+TFDS = ["tensorflow-datasets>=4.9.7,<5", "array-record>=0.8,<0.9"]
+TEST = ["beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"]
+
+setup(
+    name="dinojax",
+    version="0.1.0",
+    description="Self-supervised pretraining of DINOv3-style backbones in JAX",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dinojax", "dinojax.*"]),
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "etils[epath]>=1.10,<2",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        "jax>=0.10.2,<0.13",
+        "jaxtyping>=0.3.2,<0.4",
+        "matplotlib>=3.9,<4",
+        "ml-collections>=1.0,<2",
+        "numpy>=2.0,<3",
+        "opencv-python-headless>=4.10,<6",
+        "optax>=0.2.5,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11,<14",
+        "pyarrow>=18,<27",
+        "rich>=13.9,<16",
+        "safetensors>=0.5,<1",
+        "tensorboardX>=2.6.2,<3",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "tfds": TFDS,  # tfds:NAME sources; read without TensorFlow, but a large installation
+        "eval": TFDS,  # labelled public data sets to evaluate on
+        "test": TEST,
+        "oracle": [*TEST, "torch==2.13.0", "transformers>=4.56,<6"],
+        "dev": [*TEST, "pre-commit>=4,<5", "ruff>=0.17,<0.18"],
+    },
+)
