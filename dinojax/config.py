@@ -1,0 +1,466 @@
+"""The keys of a run: their defaults, their meaning, and the checks made before any work starts.
+
+An experiment file calls `base()` for the whole tree, changes values, and lists its phases with
+`phase()`. Nothing here imports jax, so a config loads in milliseconds. Called by `experiments/*`,
+`launch/run.py` and `train.py`.
+"""
+
+import difflib
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def base() -> ConfigDict:
+    """The whole tree with the defaults of the public ViT-L ImageNet-1k recipe (spec 7.2)."""
+    config = ConfigDict()
+    config.seed = 0
+    config.objective = "ssl"  # dinojax/objectives/<name>.py
+    config.batch_size = 2048  # images in the global batch of one step
+    config.group = 64  # images the reference would hold on one GPU (DESIGN: groups)
+    config.microbatches = 1  # pieces the batch is cut into, one after the other; same results
+    config.model = ConfigDict(
+        {
+            "name": "vit",  # dinojax/models/<name>.py
+            "variant": "large",
+            "width": placeholder(int),  # None: what the variant says
+            "depth": placeholder(int),
+            "heads": placeholder(int),
+            "ffn": placeholder(str),  # mlp | swiglu | swiglu32 | swiglu64 | swiglu128
+            "ffn_ratio": placeholder(float),
+            "patch_size": 16,
+            "in_channels": 3,
+            "storage_tokens": 0,
+            "norm": "layernorm",  # layernorm (eps 1e-6) | layernormbf16 (eps 1e-5) | rmsnorm
+            "qkv_bias": True,
+            "proj_bias": True,
+            "ffn_bias": True,
+            "mask_k_bias": False,
+            "layerscale": 1e-5,  # 0 = no LayerScale
+            "drop_path": 0.3,
+            "untie_cls_and_patch_norms": False,
+            "untie_global_and_local_cls_norm": False,
+            "rope_base": 100.0,  # 0 = periods from the two below
+            "rope_min_period": placeholder(float),
+            "rope_max_period": placeholder(float),
+            "rope_normalize": "separate",  # separate | max | min
+            "rope_shift": placeholder(float),
+            "rope_jitter": placeholder(float),
+            "rope_rescale": placeholder(float),
+            "rope_bf16_periods": False,
+            "size_policy": "floor",  # floor | resize | pad
+            "dtype": "bfloat16",  # of matmul inputs and activations; parameters stay float32
+            "scan": True,  # False unrolls the blocks: slower to compile, faster on some CPUs
+            "remat": "none",
+            "attention": "auto",  # auto | xla | cudnn | splash
+        }
+    )
+    head = {"prototypes": 65536, "bottleneck": 256, "hidden": 2048, "layers": 3}
+    config.dino_head = ConfigDict(dict(head))
+    config.ibot_head = ConfigDict(dict(head))
+    config.optim = ConfigDict(
+        {
+            "betas": (0.9, 0.999),
+            "clip": 3.0,  # per network: backbone, dino_head, ibot_head
+            "layer_decay": 0.9,
+            "patch_embed_lr": 0.2,
+            "lr_scaling": "sqrt_1024",  # sqrt_1024 | linear_256 | none
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "source": "scenes",
+            "workers": 0,  # worker processes; 0 = threads of this process
+            "threads": 0,  # decoding threads per process; 0 = as many as there are cores
+            "prefetch": 4,  # batches held ready
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+        }
+    )
+    config.augment = ConfigDict(
+        {
+            "flip": 0.5,
+            "jitter": 0.8,
+            "brightness": 0.4,
+            "contrast": 0.4,
+            "saturation": 0.2,
+            "hue": 0.1,
+            "grayscale": 0.2,
+            # The effective probabilities: the reference applies blur with one minus the nominal.
+            "blur": (0.0, 0.9, 0.5),  # first global, second global, local
+            "blur_sigma": (0.1, 2.0),
+            "solarize": (0.0, 0.2, 0.0),
+            "solarize_threshold": 128,
+        }
+    )
+    config.mesh = ConfigDict(
+        {
+            "data": 1,
+            "fsdp": -1,  # -1: all devices that remain
+            "tensor": 1,
+            "shard_above": 2**20,  # arrays with fewer elements are kept whole on every device
+        }
+    )
+    config.log_every = 10
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 3, "keep_every": 0})
+    config.eval = ConfigDict(
+        {
+            "every": 0,  # steps between evaluations; 0 = at the end of each phase only
+            "knn_train": "",  # labelled source of the bank; "" = no k-NN
+            "knn_val": "",
+            "knn_k": 20,
+            "size": 224,  # image side for features
+            "batch": 64,
+            "pictures": 8,  # images of the PCA sheet; 0 = none
+        }
+    )
+    config.max_nonfinite = 3  # steps in a row whose update was discarded before the run ends
+    config.wandb = ""  # project name; "" = off
+    config.phases = ()
+    return config
+
+
+def constant(number: float) -> dict[str, Any]:
+    """A schedule that never changes."""
+    return v2(number, number, number, 0, 0)
+
+
+def v2(start: float, peak: float, end: float, warmup: int, cosine: int = -1) -> dict[str, Any]:
+    """Linear start -> peak over `warmup` steps, cosine to `end` over `cosine` (-1: the rest)."""
+    return {
+        "kind": "v2",
+        "start": float(start),
+        "peak": float(peak),
+        "end": float(end),
+        "warmup": int(warmup),
+        "cosine": int(cosine),
+    }
+
+
+def v1(start: float, base: float, end: float, warmup: int, trunc_extra: float = 0.0) -> dict:
+    """The older family: warm-up including both ends, then a cosine that never quite arrives."""
+    return {
+        "kind": "v1",
+        "start": float(start),
+        "base": float(base),
+        "end": float(end),
+        "warmup": int(warmup),
+        "trunc_extra": float(trunc_extra),
+    }
+
+
+def v1_linear(start: float, end: float, warmup: int) -> dict[str, Any]:
+    """The older teacher-temperature schedule: linear warm-up including both ends, then constant."""
+    return {"kind": "v1_linear", "start": float(start), "end": float(end), "warmup": int(warmup)}
+
+
+def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
+    """One phase: what it starts from, what it sees, what it optimises, for how many steps.
+
+    `sections` replace values by name, e.g. `crops={"sizes": ((256, 112, 512),)}`; an unknown name
+    raises. Step counts in schedules are counted from the start of the phase.
+    """
+    result = ConfigDict(
+        {
+            "name": name,
+            "steps": steps,
+            # previous (scratch for the first) | scratch | weights:PATH | RUN_DIRECTORY[@STEP]
+            "start": "previous",
+            "batch_size": placeholder(int),  # None: config.batch_size
+            "group": placeholder(int),  # None: config.group
+            "crops": {
+                # (global, local, gram) pixels; gram 0 = no separate Gram crop
+                "sizes": ((224, 96, 0),),
+                "probabilities": (1.0,),
+                "locals": 8,
+                "global_scale": (0.32, 1.0),
+                "local_scale": (0.05, 0.32),
+                "gram_undistorted": True,
+            },
+            "masks": {"probability": 0.5, "ratio": (0.1, 0.5), "circular_shift": False},
+            "losses": {
+                "dino": 1.0,  # a weight of 0 leaves the term out of the compiled step
+                "ibot": 1.0,
+                "koleo": 0.1,
+                "koleo_group": placeholder(int),  # None: the group; 0: the whole batch
+                "koleo_topk": 1,
+                "ignore_diagonal": True,
+                "student_temp": 0.1,
+                "centering": "sinkhorn",  # sinkhorn | softmax (DINO v1/v2)
+                "sinkhorn_iterations": 3,
+                "center_momentum": 0.9,
+            },
+            "gram": {
+                "teacher": "none",  # none | snapshot | ema (the current EMA teacher)
+                # of a snapshot: start (EMA at the phase's start) | step:N (of this run)
+                # | weights:PATH | RUN_DIRECTORY[@STEP]
+                "source": "start",
+                "normalized": True,
+                "img_level": True,  # False: one Gram matrix over a group's tokens
+                "tokens": "all",  # all | masked | unmasked (the last two need img_level=False)
+                "remove_neg": False,
+                "remove_only_teacher_neg": False,
+                "antialias": False,  # of the resize of the Gram teacher's features
+                "refresh_first": 0,  # copy the EMA again after this many steps, ...
+                "refresh_every": 0,  # ... every so many (0 = never) ...
+                "refresh_max": 0,  # ... at most so often (0 = no limit)
+                "stats": False,  # also log the loss on masked and on unmasked tokens
+            },
+            "schedules": {
+                "lr": v1(0.0, 1e-3, 1e-6, 12500),
+                "freeze_last_layer": 1250,
+                "weight_decay": v1(0.0, 0.04, 0.4, 0),
+                "momentum": v1(0.0, 0.992, 1.0, 0),
+                "teacher_temp": v1_linear(0.04, 0.07, 37500),
+                "dino_local": constant(1.0),
+                "gram": constant(0.0),
+            },
+        }
+    )
+    for key, value in sections.items():
+        if key not in result:
+            raise ValueError(f"phase {name!r} has no key {key!r}; {nearest(key, result)}")
+        if isinstance(result[key], ConfigDict):
+            replace_section(result[key], value, f"phase {name!r}: {key}")
+        else:
+            result[key] = value
+    return result
+
+
+def replace_section(section: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+    """Set `values` in `section`; schedules are replaced whole, since their kinds differ in keys."""
+    for key, value in values.items():
+        if key not in section:
+            raise ValueError(f"{where} has no key {key!r}; {nearest(key, section)}")
+        if isinstance(value, Mapping):
+            with section.ignore_type():
+                section[key] = ConfigDict(dict(value))
+        else:
+            section[key] = value
+
+
+def nearest(key: str, known: Any) -> str:
+    """'did you mean ...' for an unknown key."""
+    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.4)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def batch_size(config: ConfigDict, phase: ConfigDict) -> int:
+    """Images of one step of `phase`."""
+    return config.batch_size if phase.batch_size is None else phase.batch_size
+
+
+def group_size(config: ConfigDict, phase: ConfigDict) -> int:
+    """Images of one group of `phase`."""
+    return config.group if phase.group is None else phase.group
+
+
+def koleo_group(config: ConfigDict, phase: ConfigDict) -> int:
+    """Images among which KoLeo looks for neighbours (the whole batch where the config says 0)."""
+    if phase.losses.koleo_group is None:
+        return group_size(config, phase)
+    return phase.losses.koleo_group or batch_size(config, phase)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{"model.patch_size": 16, "phases[0].steps": 125000, ...} in a stable order."""
+    return dict(_leaves("", config))
+
+
+def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, ConfigDict):
+        for key in sorted(node):
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, node[key])
+    elif isinstance(node, tuple | list) and node and isinstance(node[0], ConfigDict):
+        for index, item in enumerate(node):
+            yield from _leaves(f"{prefix}[{index}]", item)
+    else:
+        yield prefix, node
+
+
+def to_json(config: ConfigDict) -> str:
+    """The whole tree as JSON text; `from_json` reads it back."""
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, ConfigDict):
+            return {key: plain(node[key]) for key in sorted(node)}
+        if isinstance(node, tuple | list):
+            return [plain(item) for item in node]
+        return node
+
+    return json.dumps(plain(config), indent=1) + "\n"
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Sentences naming the flattened keys in which two configs differ."""
+    normal = json.dumps
+    return [
+        f"{key}: {one.get(key)!r} there, {other.get(key)!r} here"
+        for key in sorted(set(one) | set(other))
+        if normal(one.get(key)) != normal(other.get(key))
+    ]
+
+
+# Keys that may change between two starts of the same run: they move where and how fast it runs,
+# not what it computes.
+MAY_CHANGE = ("mesh.", "data.workers", "data.threads", "data.prefetch", "checkpoint.", "log_every")
+MAY_CHANGE += ("eval.", "wandb", "model.attention", "model.scan", "model.remat")
+
+
+def continues(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """Differences that forbid to go on with a run saved under another config ([] = go on).
+
+    A phase may be appended and the last phase may be made longer only if its schedules do not
+    depend on its length; to keep this simple any change of a phase is refused.
+    """
+    here = json.loads(json.dumps(flatten(config)))
+    kept = [
+        key
+        for key in set(saved) | set(here)
+        if not any(key.startswith(free) for free in MAY_CHANGE)
+    ]
+    return differences({k: saved.get(k) for k in kept}, {k: here.get(k) for k in kept})
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise ValueError with one sentence if the numbers of a run cannot work together."""
+    if not config.phases:
+        raise ValueError("config.phases is empty; give at least one config.phase(name, steps)")
+    names = [p.name for p in config.phases]
+    if len(set(names)) < len(names):
+        raise ValueError(f"phases must have different names, got {names}")
+    if config.objective != "ssl":
+        raise ValueError(f"config.objective is {config.objective!r}; known: 'ssl'")
+    if len(config.data.mean) != config.model.in_channels:
+        raise ValueError(
+            f"config.data.mean has {len(config.data.mean)} values for "
+            f"{config.model.in_channels} channels (config.model.in_channels)"
+        )
+    for phase_config in config.phases:
+        _validate_phase(config, phase_config)
+
+
+def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
+    where = f"phase {phase.name!r}"
+    batch, group, pieces = batch_size(config, phase), group_size(config, phase), config.microbatches
+    if phase.steps < 1:
+        raise ValueError(f"{where}: steps is {phase.steps}, expected at least 1")
+    for label, number in (("batch_size", batch), ("group", group), ("microbatches", pieces)):
+        if number < 1:
+            raise ValueError(f"{where}: {label} is {number}, expected at least 1")
+    if batch % (group * pieces):
+        near = max(1, round(batch / (group * pieces))) * group * pieces
+        raise ValueError(
+            f"{where}: batch_size {batch} is not a multiple of group x microbatches = "
+            f"{group} x {pieces}; nearest: batch_size={near}"
+        )
+    neighbours = koleo_group(config, phase)
+    if phase.losses.koleo and (neighbours < 2 or neighbours % group or batch % neighbours):
+        raise ValueError(
+            f"{where}: losses.koleo_group is {neighbours}; it must hold at least 2 images, be a "
+            f"multiple of the group ({group}) and divide the batch ({batch}); nearest: {batch}"
+        )
+    if phase.losses.koleo and (batch // pieces) % neighbours:
+        raise ValueError(
+            f"{where}: a micro-batch of {batch // pieces} images does not hold whole KoLeo groups "
+            f"of {neighbours}; use losses.koleo_group={group} or microbatches=1"
+        )
+    _validate_crops(config, phase, where)
+    _validate_losses(phase, where)
+    for key, schedule in phase.schedules.items():
+        if isinstance(schedule, ConfigDict):
+            _validate_schedule(schedule, f"{where}: schedules.{key}")
+
+
+def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
+    patch, crops = config.model.patch_size, phase.crops
+    if not crops.sizes or len(crops.sizes) != len(crops.probabilities):
+        raise ValueError(
+            f"{where}: crops.sizes has {len(crops.sizes)} triples and crops.probabilities "
+            f"{len(crops.probabilities)} numbers; expected the same count, at least 1"
+        )
+    if not math.isclose(sum(crops.probabilities), 1.0, abs_tol=1e-6):
+        raise ValueError(f"{where}: crops.probabilities sum to {sum(crops.probabilities)}, not 1")
+    for triple in crops.sizes:
+        if len(triple) != 3:
+            raise ValueError(f"{where}: crop sizes {triple} must be (global, local, gram)")
+        for kind, size in zip(("global", "local", "gram"), triple, strict=True):
+            if (kind == "gram" and size == 0) or (kind == "local" and crops.locals == 0):
+                continue
+            if size < patch or size % patch:
+                near = max(patch, round(size / patch) * patch)
+                raise ValueError(
+                    f"{where}: the {kind} crop of {size} pixels is not a multiple of the patch "
+                    f"size {patch}; nearest: {near}"
+                )
+        if phase.gram.teacher == "snapshot" and triple[2] == 0:
+            raise ValueError(
+                f"{where}: gram.teacher='snapshot' needs a gram crop size, got {triple}; "
+                f"nearest: {(triple[0], triple[1], 2 * triple[0])}"
+            )
+        if phase.gram.teacher != "snapshot" and triple[2]:
+            raise ValueError(
+                f"{where}: crop sizes {triple} ask for gram crops but gram.teacher is "
+                f"{phase.gram.teacher!r}; nearest: {(triple[0], triple[1], 0)}"
+            )
+        if triple[2] and triple[2] < triple[0]:
+            raise ValueError(
+                f"{where}: the gram crop of {triple[2]} pixels is smaller than the global crop of "
+                f"{triple[0]}; nearest: {triple[0]}"
+            )
+    if phase.losses.dino and crops.locals < 1 and not phase.losses.ibot:
+        raise ValueError(f"{where}: crops.locals is 0; expected at least 1")
+    for key in ("global_scale", "local_scale"):
+        low, high = crops[key]
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"{where}: crops.{key} is {crops[key]}, expected 0 < low <= high <= 1")
+
+
+def _validate_losses(phase: ConfigDict, where: str) -> None:
+    choices = (
+        ("losses.centering", phase.losses.centering, ("sinkhorn", "softmax")),
+        ("gram.teacher", phase.gram.teacher, ("none", "snapshot", "ema")),
+        ("gram.tokens", phase.gram.tokens, ("all", "masked", "unmasked")),
+    )
+    for key, value, known in choices:
+        if value not in known:
+            raise ValueError(f"{where}: {key} is {value!r}; {nearest(value, known)}")
+    if phase.gram.tokens != "all" and phase.gram.img_level:
+        raise ValueError(
+            f"{where}: gram.tokens={phase.gram.tokens!r} needs gram.img_level=False "
+            "(images have different numbers of masked tokens)"
+        )
+    if phase.gram.remove_neg and phase.gram.remove_only_teacher_neg:
+        raise ValueError(
+            f"{where}: gram.remove_neg and gram.remove_only_teacher_neg exclude each other"
+        )
+    if not any((phase.losses.dino, phase.losses.ibot, phase.gram.teacher != "none")):
+        raise ValueError(f"{where}: no loss is left; set losses.dino or losses.ibot above 0")
+
+
+def _validate_schedule(schedule: ConfigDict, where: str) -> None:
+    forms = {"v2": v2(0, 0, 0, 0), "v1": v1(0, 0, 0, 0), "v1_linear": v1_linear(0, 0, 0)}
+    if schedule.kind not in forms:
+        raise ValueError(f"{where}: kind is {schedule.kind!r}; {nearest(schedule.kind, forms)}")
+    for key in schedule:
+        if key not in forms[schedule.kind]:
+            raise ValueError(
+                f"{where}: a {schedule.kind} schedule has no key {key!r}; "
+                f"{nearest(key, forms[schedule.kind])}"
+            )
+
+
+def load_file(path: str, argument: str | None = None) -> ConfigDict:
+    """The config of an experiment file (`get_config(argument)`), without flags."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise ValueError(f"no experiment file {path!r}; {nearest(str(path), siblings)}")
+    scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
+    exec(compile(file.read_text(), str(file), "exec"), scope)
+    return scope["get_config"](argument) if argument else scope["get_config"]()
