@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float
 Params = dict[str, Any]  # nested dicts of float32 arrays, str keys
 Scalar = Float[Array, ""] | float
 
-# ConvNeXt's norms outside the blocks are called downsample_layers.i.j.weight in the reference: without
-# "norm" in the name they get weight decay there, and so here (spec 6.1).
+# ConvNeXt's norms outside the blocks are called downsample_layers.i.j.weight in the reference:
+# without "norm" in the name they get weight decay there, and so here (spec 6.1).
 _DECAYED_NORMS = re.compile(r"backbone/(stem|downsample\d+)/norm/scale")
 _FIRST_LAYER = re.compile(r"backbone/(patch_embed/.*|cls_token|mask_token|storage_tokens)")
 
@@ -38,10 +38,10 @@ def parameter_rules(
 ) -> dict[str, Rule]:
     """Rules of every parameter (arrays or abstract arrays), by path.
 
-    A ViT (recognised by its stacked `backbone/blocks`) of depth L has layer id 0 for its patch embedding
-    and tokens, i + 1 for block i, L + 1 for the rest, and multiplier layer_decay^(L + 1 - id), the patch
-    embedding's times `patch_embed_multiplier`. Heads and ConvNeXt have multiplier 1. Biases, norms and
-    layer scales are not decayed; tokens and the patch embedding are.
+    A ViT (recognised by its stacked `backbone/blocks`) of depth L has layer id 0 for its patch
+    embedding and tokens, i + 1 for block i, L + 1 for the rest, and multiplier layer_decay^(L + 1 -
+    id), the patch embedding's times `patch_embed_multiplier`. Heads and ConvNeXt have multiplier 1.
+    Biases, norms and layer scales are not decayed; tokens and the patch embedding are.
     """
     flat = flatten(params)
     depths = {leaf.shape[0] for path, leaf in flat.items() if path.startswith("backbone/blocks/")}
@@ -79,7 +79,8 @@ def update(
         scalars: `lr`, `last_layer_lr`, `weight_decay`, from the schedules.
         rules: of `parameter_rules`, one for every parameter.
 
-    With a rate of 0 (a frozen last layer) a parameter neither moves nor decays; its moments advance.
+    With a rate of 0 (a frozen last layer) a parameter neither moves nor decays; its moments
+    advance.
     """
     adam = optax.scale_by_adam(*betas, eps=eps)
     before = optax.ScaleByAdamState(count=state["count"], mu=state["mu"], nu=state["nu"])

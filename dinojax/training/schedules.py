@@ -1,8 +1,8 @@
 """Schedules: host-side float64 functions of the step, in closed form (spec 6.2 and 6.3).
 
-The trainer evaluates them once a step and hands the results to the compiled step as scalars; plots and
-tests evaluate them over whole arrays of steps. Steps count from 0 and from the start of the phase; the
-value of step i is the one used *by* step i.
+The trainer evaluates them once a step and hands the results to the compiled step as scalars; plots
+and tests evaluate them over whole arrays of steps. Steps count from 0 and from the start of the
+phase; the value of step i is the one used *by* step i.
 
 A schedule is a mapping of one of these kinds (all lengths in steps):
 
@@ -10,10 +10,10 @@ A schedule is a mapping of one of these kinds (all lengths in steps):
     kind="v1":         start, base, end, warmup, trunc_extra
     kind="v1_linear":  start, end, warmup
 
-v2: linear from `start` (included) to `peak`, reached at step `warmup`; then `cosine` steps from `peak` to
-`end`, both included; then `end`. So start = peak = 0 with end > 0 is a half-cosine ramp *up*, and
-cosine = 0 jumps to `end`. v1: the warm-up includes both its ends, the cosine excludes its own.
-v1_linear (the teacher temperature of the v1 recipes): the warm-up, then `end`.
+v2: linear from `start` (included) to `peak`, reached at step `warmup`; then `cosine` steps from
+`peak` to `end`, both included; then `end`. So start = peak = 0 with end > 0 is a half-cosine ramp
+*up*, and cosine = 0 jumps to `end`. v1: the warm-up includes both its ends, the cosine excludes its
+own. v1_linear (the teacher temperature of the v1 recipes): the warm-up, then `end`.
 """
 
 from collections.abc import Mapping

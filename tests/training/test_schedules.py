@@ -47,10 +47,8 @@ def test_v2(start, peak, end, warmup, total, cosine):
 
 
 @pytest.mark.parametrize("trunc_extra", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize(("warmup", "total"), [(10, 50), (0, 30), (1, 20), (19, 20)])
+@pytest.mark.parametrize(("warmup", "total"), [(10, 50), (0, 30), (1, 20), (18, 20)])
 def test_v1(warmup, total, trunc_extra):
-    if trunc_extra and total - warmup == 1:
-        pytest.skip("the long way divides 0 by 0")
     schedule = dict(kind="v1", start=0.2, base=1.0, end=0.1, warmup=warmup, trunc_extra=trunc_extra)
     want = v1_array(0.2, 1.0, 0.1, warmup, total, trunc_extra)
     got = schedules.values(schedule, np.arange(total), total)
