@@ -1,0 +1,278 @@
+"""Vision transformer (spec 1): patch and prefix tokens, one scan over the blocks, output norms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from dinojax.layers import rope
+from dinojax.layers.block import Block, draw_kept, kept_count
+from dinojax.layers.norm import make_norm
+from dinojax.layers.patch_embed import PatchEmbed, fit
+from dinojax.models import variants
+from dinojax.models.functional import Features, Network, functional, stack
+
+# Consumers of a group's key.
+ATTENTION, FFN, ROPE = range(3)
+
+# What the backward pass of a block keeps instead of computing it again; None = everything.
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("linear", "scores", "attention"),
+    "dots_no_batch": jax.checkpoint_policies.save_only_these_names("linear"),
+}
+
+
+class Place(NamedTuple):
+    """The tokens of one crop size: patch grid, prefix tokens, and which are real (None: all)."""
+
+    height: int
+    width: int
+    prefix: int
+    valid: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """The `model` section of a config. None in the first five: what the variant says."""
+
+    variant: str = "large"
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    ffn: str | None = None
+    ffn_ratio: float | None = None
+    patch_size: int = 16
+    in_channels: int = 3
+    storage_tokens: int = 0
+    norm: str = "layernorm"
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    ffn_bias: bool = True
+    mask_k_bias: bool = False
+    layerscale: float | None = 1e-5
+    drop_path: float = 0.3
+    untie_cls_and_patch_norms: bool = False
+    untie_global_and_local_cls_norm: bool = False
+    rope_base: float | None = 100.0
+    rope_min_period: float | None = None
+    rope_max_period: float | None = None
+    rope_normalize: str = "separate"
+    rope_shift: float | None = None
+    rope_jitter: float | None = None
+    rope_rescale: float | None = None
+    rope_bf16_periods: bool = False
+    size_policy: str = "floor"
+    dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+    attention: str = "auto"
+
+
+def resolve(config: Mapping[str, Any]) -> ViTConfig:
+    """A complete ViTConfig: the variant's sizes unless given, everything checked."""
+    known = {field.name for field in fields(ViTConfig)}
+    unknown = sorted(set(config) - known)
+    if unknown:
+        raise ValueError(f"model key {unknown[0]!r} is unknown; expected one of {sorted(known)}")
+    result = ViTConfig(**config)
+    sizes = variants.lookup(variants.VIT, result.variant)
+    result = replace(result, **{k: v for k, v in sizes.items() if getattr(result, k) is None})
+    if result.width % (4 * result.heads):
+        raise ValueError(
+            f"width {result.width} is not a multiple of 4 x {result.heads} heads, as RoPE needs"
+        )
+    if result.remat not in REMAT:
+        raise ValueError(f"remat is {result.remat!r}; expected one of {', '.join(REMAT)}")
+    if not 0 <= result.drop_path < 1:
+        raise ValueError(f"drop_path is {result.drop_path}; expected 0 <= drop_path < 1")
+    return result
+
+
+def build(config: Mapping[str, Any]) -> Network:
+    """The network of a config's `model` section (without `name`)."""
+    resolved = resolve(config)
+    return functional(lambda rngs: ViT(resolved, rngs=rngs))
+
+
+class ViT(nnx.Module):
+    """Token order: [CLS, storage, patches row-major]."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        c, d = config, config.width
+        # CLS and storage are drawn N(0, 0.02²), the mask token starts at zero (spec 1.5).
+        self.cls_token = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, d)))
+        if c.storage_tokens:
+            storage = 0.02 * jax.random.normal(rngs.params(), (c.storage_tokens, d))
+            self.storage_tokens = nnx.Param(storage)
+        self.mask_token = nnx.Param(jnp.zeros((1, d)))
+        self.patch_embed = PatchEmbed(c.patch_size, c.in_channels, d, rngs=rngs)
+        names = "ffn ffn_ratio norm qkv_bias proj_bias ffn_bias mask_k_bias layerscale attention"
+        options = {name: getattr(c, name) for name in names.split()}
+        self.blocks = stack(lambda r: Block(d, c.heads, **options, rngs=r), c.depth, rngs)
+        self.norm = make_norm(c.norm, d)
+        self.cls_norm = make_norm(c.norm, d) if c.untie_cls_and_patch_norms else None
+        self.local_cls_norm = make_norm(c.norm, d) if c.untie_global_and_local_cls_norm else None
+
+    def __call__(
+        self,
+        crops: tuple[Float[Array, "_ _ _ c"], ...],
+        masks: tuple[Bool[Array, "_ _"] | None, ...] | None = None,
+        groups: UInt[Array, " g"] | Int[Array, " g"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Features, ...]:
+        """Features of each entry of crops; a mask replaces patches by the mask token.
+
+        A key means training: stochastic depth, RoPE augmentation, and `local_cls_norm` on entry 1.
+        Rows of every entry are then g equal runs, one for each of `groups`, the groups' numbers in the
+        whole batch (None: all rows are group 0). Draws depend on (key, block, entry, group number)
+        alone, so neither on devices nor on micro-batches.
+        """
+        masks = masks or (None,) * len(crops)
+        embedded = [self._embed(*pair) for pair in zip(crops, masks, strict=True)]
+        tokens, places = zip(*embedded, strict=True)
+        if key is not None and groups is None:
+            groups = jnp.zeros(1, jnp.int32)
+        tokens = self._blocks(tokens, places, 0, self.config.depth, groups, key)
+        return tuple(
+            self._features(x, place, local=key is not None and i == 1)
+            for i, (x, place) in enumerate(zip(tokens, places, strict=True))
+        )
+
+    def intermediate(
+        self, images: Float[Array, "n i j c"], layers: int | tuple[int, ...] = 1, norm: bool = True
+    ) -> tuple[Features, ...]:
+        """Outputs of the listed blocks (an int: the last so many), after the final norm if asked."""
+        depth = self.config.depth
+        layers = tuple(range(depth - layers, depth)) if isinstance(layers, int) else layers
+        x, place = self._embed(images, None)
+        features, done = {}, 0
+        for layer in sorted(i % depth for i in layers):
+            (x,) = self._blocks((x,), (place,), done, layer + 1, None, None)
+            features[layer], done = self._features(x, place, norm=norm), layer + 1
+        return tuple(features[i % depth] for i in layers)
+
+    def _embed(self, images: Array, mask: Array | None) -> tuple[Array, "Place"]:
+        """[n, i, j, c] -> [n, 1+r+p, d] in the compute dtype, and where its tokens lie."""
+        c = self.config
+        if images.shape[-1] != c.in_channels:
+            raise ValueError(f"images have {images.shape[-1]} channels; expected {c.in_channels}")
+        x = fit(images, c.patch_size, c.size_policy)
+        prefix = 1 + c.storage_tokens
+        valid = None
+        if c.size_policy == "pad":
+            valid = np.pad(
+                real_patches(*images.shape[1:3], c.patch_size), (prefix, 0), constant_values=True
+            )
+        place = Place(x.shape[1] // c.patch_size, x.shape[2] // c.patch_size, prefix, valid)
+        x = self.patch_embed(x.astype(c.dtype))
+        if mask is not None:
+            x = jnp.where(mask[:, :, None], self.mask_token[...].astype(x.dtype)[None], x)
+        tokens = self.cls_token[...]
+        if c.storage_tokens:
+            tokens = jnp.concatenate([tokens, self.storage_tokens[...]])
+        tokens = jnp.broadcast_to(tokens.astype(x.dtype)[None], (len(x), *tokens.shape))
+        return jnp.concatenate([tokens, x], 1), place
+
+    def _blocks(
+        self,
+        tokens: tuple[Array, ...],
+        places: tuple["Place", ...],
+        start: int,
+        stop: int,
+        groups: Array | None,
+        key: Array | None,
+    ) -> tuple[Array, ...]:
+        """Blocks start..stop-1 over all entries at once."""
+        c = self.config
+        head_dim = c.width // c.heads
+        periods = rope.make_periods(
+            head_dim, c.rope_base or None, c.rope_min_period, c.rope_max_period, c.rope_bf16_periods
+        )
+        coords = [rope.coordinates(at.height, at.width, c.rope_normalize) for at in places]
+        ranges = (c.rope_shift, c.rope_jitter, c.rope_rescale)
+        augmented = key is not None and any(ranges)
+        still = [
+            rope.with_prefix(rope.tables(xy[None], periods), at.prefix)
+            for xy, at in zip(coords, places)
+        ]
+
+        def one(block: Block, i: int, x: Array, index: Array) -> Array:
+            """One block on entry i."""
+            tables, kept, place = still[i], None, places[i]
+            if key is not None:
+                keys = group_keys(key, index, i, groups)
+            if augmented:
+                draws = jax.vmap(lambda k: rope.draw(*ranges, key=jax.random.fold_in(k, ROPE)))(
+                    keys
+                )
+                tables = rope.tables(rope.augment(coords[i], draws), periods)
+                tables = rope.with_prefix(tables, place.prefix)
+            if key is not None and c.drop_path > 0:
+                rows = len(x) // len(groups)
+                count = kept_count(rows, c.drop_path)
+                if count < rows:
+                    kept = tuple(
+                        draw_kept(
+                            jax.vmap(partial(jax.random.fold_in, data=name))(keys), rows, count
+                        )
+                        for name in (ATTENTION, FFN)
+                    )
+            valid = None if place.valid is None else jnp.asarray(place.valid)[None]
+            return block(x, tables, valid, kept)
+
+        graphdef, state = nnx.split(self.blocks)
+
+        def body(
+            tokens: tuple[Array, ...], layer: tuple[Any, Array]
+        ) -> tuple[tuple[Array, ...], None]:
+            block = nnx.merge(graphdef, layer[0])
+            return tuple(one(block, i, x, layer[1]) for i, x in enumerate(tokens)), None
+
+        if c.remat != "none":
+            # Inside a scan nothing can be merged across iterations, so the barrier is not needed.
+            body = jax.checkpoint(body, policy=REMAT[c.remat], prevent_cse=not c.scan)
+        layers = (jax.tree.map(lambda a: a[start:stop], state), jnp.arange(start, stop))
+        if c.scan:
+            return jax.lax.scan(body, tokens, layers)[0]
+        for i in range(stop - start):
+            tokens, _ = body(tokens, jax.tree.map(lambda a: a[i], layers))  # noqa: B023
+        return tokens
+
+    def _features(
+        self, x: Array, place: "Place", *, norm: bool = True, local: bool = False
+    ) -> Features:
+        """Output norms (spec 1.3). Patches that lie in the padding are returned as zeros."""
+        prefix, patches = x[:, : place.prefix], x[:, place.prefix :]
+        if norm:
+            use = self.norm
+            if self.cls_norm is not None:
+                use = self.cls_norm
+            if local and self.local_cls_norm is not None:
+                use = self.local_cls_norm
+            prefix, patches = use(prefix), self.norm(patches)
+        if place.valid is not None:
+            patches = jnp.where(place.valid[None, place.prefix :, None], patches, 0)
+        return Features(prefix[:, 0], prefix[:, 1:], patches, x)
+
+
+def real_patches(height: int, width: int, patch: int) -> np.ndarray:
+    """Row-major patches of the padded grid whose centre lies inside the image: bool [p]."""
+    rows, columns = (
+        np.arange(-(-side // patch)) * patch + patch / 2 <= side for side in (height, width)
+    )
+    return (rows[:, None] & columns[None]).reshape(-1)
+
+
+def group_keys(key: Key[Array, ""], block: Array, entry: int, groups: Array) -> Key[Array, " g"]:
+    """One key for each group of an entry in a block."""
+    key = jax.random.fold_in(jax.random.fold_in(key, block), entry)
+    return jax.vmap(partial(jax.random.fold_in, key))(groups)
