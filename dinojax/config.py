@@ -169,7 +169,9 @@ def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
         {
             "name": name,
             "steps": steps,
-            # previous (scratch for the first) | scratch | weights:PATH | RUN_DIRECTORY[@STEP]
+            # previous: go on with everything (from scratch in the first phase)
+            # previous_teacher: student and teacher = the EMA so far, fresh optimizer
+            # scratch | PATH of weights | RUN_DIRECTORY[@STEP]
             "start": "previous",
             "batch_size": placeholder(int),  # None: config.batch_size
             "group": placeholder(int),  # None: config.group
@@ -198,7 +200,7 @@ def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
             "gram": {
                 "teacher": "none",  # none | snapshot | ema (the current EMA teacher)
                 # of a snapshot: start (EMA at the phase's start) | step:N (of this run)
-                # | weights:PATH | RUN_DIRECTORY[@STEP]
+                # | PATH of weights | RUN_DIRECTORY[@STEP]
                 "source": "start",
                 "normalized": True,
                 "img_level": True,  # False: one Gram matrix over a group's tokens
@@ -250,21 +252,17 @@ def nearest(key: str, known: Any) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def batch_size(config: ConfigDict, phase: ConfigDict) -> int:
-    """Images of one step of `phase`."""
-    return config.batch_size if phase.batch_size is None else phase.batch_size
-
-
-def group_size(config: ConfigDict, phase: ConfigDict) -> int:
-    """Images of one group of `phase`."""
-    return config.group if phase.group is None else phase.group
-
-
-def koleo_group(config: ConfigDict, phase: ConfigDict) -> int:
-    """Images among which KoLeo looks for neighbours (the whole batch where the config says 0)."""
-    if phase.losses.koleo_group is None:
-        return group_size(config, phase)
-    return phase.losses.koleo_group or batch_size(config, phase)
+def resolve(config: ConfigDict) -> ConfigDict:
+    """A frozen-shape copy in which every phase states its own batch, group and KoLeo group."""
+    config = config.copy_and_resolve_references()
+    for phase in config.phases:
+        phase.batch_size = config.batch_size if phase.batch_size is None else phase.batch_size
+        phase.group = config.group if phase.group is None else phase.group
+        if phase.losses.koleo_group is None:
+            phase.losses.koleo_group = phase.group
+        elif phase.losses.koleo_group == 0:
+            phase.losses.koleo_group = phase.batch_size
+    return config
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -328,7 +326,7 @@ def continues(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise ValueError with one sentence if the numbers of a run cannot work together."""
+    """Raise ValueError with one sentence if a resolved config cannot work."""
     if not config.phases:
         raise ValueError("config.phases is empty; give at least one config.phase(name, steps)")
     names = [p.name for p in config.phases]
@@ -347,7 +345,7 @@ def validate(config: ConfigDict) -> None:
 
 def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
     where = f"phase {phase.name!r}"
-    batch, group, pieces = batch_size(config, phase), group_size(config, phase), config.microbatches
+    batch, group, pieces = phase.batch_size, phase.group, config.microbatches
     if phase.steps < 1:
         raise ValueError(f"{where}: steps is {phase.steps}, expected at least 1")
     for label, number in (("batch_size", batch), ("group", group), ("microbatches", pieces)):
@@ -359,7 +357,7 @@ def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
             f"{where}: batch_size {batch} is not a multiple of group x microbatches = "
             f"{group} x {pieces}; nearest: batch_size={near}"
         )
-    neighbours = koleo_group(config, phase)
+    neighbours = phase.losses.koleo_group
     if phase.losses.koleo and (neighbours < 2 or neighbours % group or batch % neighbours):
         raise ValueError(
             f"{where}: losses.koleo_group is {neighbours}; it must hold at least 2 images, be a "

@@ -1,0 +1,490 @@
+"""A run, from an empty directory to a trained backbone; read it top to bottom.
+
+`prepare` makes every check that can be made before work starts; `train` then goes through the
+phases. The order in which a state is found: resume this run, else what the phase starts from (the
+previous phase, another run, a weights file), else scratch. Called by `launch/run.py`.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dinojax import backbone as weights
+from dinojax import config as configs
+from dinojax import sharding, visualize
+from dinojax.data import masking, multicrop, photometric, pipeline, sources
+from dinojax.eval import knn
+from dinojax.objectives import microbatch, ssl
+from dinojax.training import checkpoint, health, optim, phases, profiling, writers
+from dinojax.training import state as states
+
+TRY_AGAIN = 75  # exit code after a save on SIGTERM (EX_TEMPFAIL)
+
+
+class Run(NamedTuple):
+    """What a run is made of, all checks passed."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: Mesh
+    networks: states.NetworkSet
+    source: sources.Source
+    evaluator: knn.Evaluator | None
+
+
+def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
+    """Check everything that can be checked before work starts.
+
+    Raises:
+      ValueError: one sentence naming the value, what was expected and the nearest valid choice.
+    """
+    config = configs.resolve(config)
+    configs.validate(config)
+    workdir = pathlib.Path(workdir)
+    check_same_run(config, workdir)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    shards = sharding.batch_shards(mesh)
+    for phase in config.phases:
+        groups = phase.batch_size // phase.group
+        if groups % (shards * config.microbatches):
+            raise ValueError(
+                f"phase {phase.name!r}: {groups} groups of {phase.group} images do not split over "
+                f"{shards} devices x {config.microbatches} micro-batches; nearest: group="
+                f"{max(1, phase.batch_size // (shards * config.microbatches))}"
+            )
+    networks = states.build_networks(config)
+    source = sources.open_source(config.data.source)
+    for phase in config.phases:
+        pipeline.validate(source, phase.batch_size)
+    evaluator = None
+    if config.eval.knn_train:
+        evaluator = knn.Evaluator(
+            config.eval.knn_train,
+            config.eval.knn_val,
+            size=config.eval.size,
+            k=(config.eval.knn_k,),
+            batch=config.eval.batch,
+        )
+    return Run(config, workdir, mesh, networks, source, evaluator)
+
+
+def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """A run directory belongs to one config: refuse to mix two, and to write where one cannot."""
+    saved = workdir / "config.json"
+    if saved.exists():
+        known = json.loads(saved.read_text())["flat"]
+        changed = configs.continues(known, config)
+        if changed:
+            raise ValueError(
+                f"{workdir} holds a run of another config ({len(changed)} keys differ; "
+                f"{'; '.join(changed[:3])}); continue with its own values or give a new --workdir"
+            )
+        return
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"--workdir {workdir} is a file; give a directory")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into --workdir {workdir}: {error.strerror}") from None
+
+
+def train(run: Run) -> int:
+    """Go through all phases; returns the exit code (0 done, 75 stopped by SIGTERM after a save)."""
+    config, workdir, mesh = run.config, run.workdir, run.mesh
+    jax.set_mesh(mesh)
+    stop = StopRequest()
+    write_config(run)
+
+    # ---- where this run stands: its newest good checkpoint, if any ------------------------------
+    saves = checkpoint.Checkpoints(
+        workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
+    )
+    spans = phases.spans(config)
+    state, step = restore(run, saves, spans)
+    log = writers.MetricsLog(workdir, resume_step=step, wandb=config.wandb)
+    if step:
+        print(f"resumed at step {step:,}", flush=True)
+    print(phases.describe(config), flush=True)
+
+    # ---- phase by phase --------------------------------------------------------------------------
+    for span in spans:
+        if step >= span.last:
+            continue
+        if step == span.first:
+            state = begin_phase(run, saves, span, state)
+            if step == 0:
+                evaluate_floor(run, state, log)
+        state, step, stopped = train_phase(run, saves, log, span, state, step, stop)
+        if stopped:
+            saves.close()
+            print(f"stopped at step {step:,} after a save; run the same command to go on")
+            return TRY_AGAIN
+
+    # ---- what is left behind ---------------------------------------------------------------------
+    saves.close()
+    log.close()
+    print(f"done: {workdir}/weights/teacher.safetensors", flush=True)
+    return 0
+
+
+def train_phase(
+    run: Run,
+    saves: checkpoint.Checkpoints,
+    log: writers.MetricsLog,
+    span: phases.Span,
+    state: states.State,
+    step: int,
+    stop: "StopRequest",
+) -> tuple[states.State, int, bool]:
+    """Train from global `step` to the end of the phase; (state, step, stopped by a signal)."""
+    config, phase, mesh = run.config, span.phase, run.mesh
+    step_fn = make_step(config, run.networks, phase)
+    batches = open_batches(run, span, step - span.first)
+    work = work_per_image(config, phase)
+    timer = profiling.StepTimer(phase.batch_size, profiling.peak_flops(config.model.dtype))
+    progress = writers.ProgressLine(phase.name, span.last)
+    watch = health.NonFinite(config.max_nonfinite)
+    pending: list[tuple[int, dict[str, Any]]] = []
+    shapes: set[int] = set()
+    saved = step
+
+    def report(now: int) -> None:
+        """Write what the device has finished since the last report; one fetch for all of it."""
+        fetched = jax.device_get(pending)
+        pending.clear()
+        for at, metrics in fetched:
+            row = {name: float(value) for name, value in metrics.items()}
+            if (at + 1) % config.log_every == 0 or at + 1 == span.last:
+                log.write(at + 1, phase.name, row)
+            watch.observe(at, row)
+        if fetched:
+            speed = timer.lap(now, span.last, work)
+            log.write_speed(now, phase.name, speed)
+            progress.update(now, row, speed)
+
+    with jax.transfer_guard("disallow"):
+        while step < span.last and not stop.requested:
+            with timer.waiting_for_data():
+                batch = next(batches)
+            triple = int(batch.pop("triple"))
+            replaced = int(batch.pop("replaced"))
+            scalars = phases.scalars(config, phase, step - span.first)
+            state, metrics = step_fn(
+                state, sharding.to_global(batch, mesh), sharding.to_scalars(scalars, mesh)
+            )
+            timer.step()
+            shapes.add(triple)
+            if replaced:
+                logging.warning("step %d: %d unreadable images replaced", step, replaced)
+            # Metrics are fetched one interval late, so the host never waits for the current step.
+            if step % config.log_every == 0:
+                report(step)
+            pending.append((step, metrics))
+
+            if phases.gram_refresh_due(phase, step - span.first):
+                state = states.refresh_gram(state)
+                logging.info("gram teacher refreshed after step %d", step)
+            step += 1
+
+            if due(step, config.eval.every) and step < span.last:
+                with jax.transfer_guard("allow"):
+                    evaluate(run, state, log, step, phase.name)
+            if due(step, config.checkpoint.every) and step < span.last:
+                report(step)  # rows up to this step must be on disk before the state is
+                save(run, saves, span, state, step)
+                saved = step
+        report(step)
+        assert step_fn._cache_size() <= len(shapes), "a step shape was compiled twice"
+
+    if saved < step:
+        save(run, saves, span, state, step)
+    saves.wait()
+    progress.close()
+    if step == span.last:
+        evaluate(run, state, log, step, phase.name)
+        write_weights(run, state, step)
+    return state, step, step < span.last
+
+
+def make_step(
+    config: ConfigDict, networks: states.NetworkSet, phase: ConfigDict
+) -> Callable[..., tuple[states.State, dict[str, jax.Array]]]:
+    """The compiled step of a phase: (state, batch, scalars) -> (state, metrics).
+
+    Gradients, clip per network, AdamW, EMA. An update that is not finite is discarded as a whole.
+    """
+    rules = None  # of parameter paths; found at trace time
+    applies = networks.applies()
+    fns = ssl.make_loss_fn(
+        phase,
+        ssl.Networks(applies, applies, networks.backbone.apply),
+        augment_policy(config),
+        patch_stride(config),
+        phase.losses.koleo_group,
+        jnp.dtype(config.model.dtype),
+    )
+    unit = max(phase.group, phase.losses.koleo_group if phase.losses.koleo else 1)
+    gradients_of = microbatch.value_and_grad(fns, config.microbatches, unit)
+
+    def step(
+        state: states.State, batch: dict[str, jax.Array], scalars: dict[str, jax.Array]
+    ) -> tuple[states.State, dict[str, jax.Array]]:
+        nonlocal rules
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        frozen = {"teacher": state["teacher"], "gram": state["gram"]}
+        metrics, gradients, centers = gradients_of(
+            state["student"], frozen, batch, state["centers"], scalars, key
+        )
+        gradients, norms = optim.clip_by_network(gradients, config.optim.clip)
+        rules = rules or optim.parameter_rules(
+            state["student"], config.optim.layer_decay, config.optim.patch_embed_lr
+        )
+        student, optimizer = optim.update(
+            state["student"], gradients, state["optimizer"], scalars, rules, config.optim.betas
+        )
+        teacher = states.ema(state["teacher"], student, scalars["momentum"])
+        new = {"student": student, "teacher": teacher, "optimizer": optimizer, "centers": centers}
+
+        finite = jnp.isfinite(metrics["loss"])
+        for norm in norms.values():
+            finite &= jnp.isfinite(norm)
+        kept = optim.select(finite, new, {name: state[name] for name in new})
+        missed = 1 - finite.astype(jnp.int32)
+        skipped = {
+            "total": state["skipped"]["total"] + missed,
+            "in_a_row": (state["skipped"]["in_a_row"] + 1) * missed,
+        }
+        metrics |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
+        metrics |= {"skipped": skipped["total"], "skipped_in_a_row": skipped["in_a_row"]}
+        metrics |= {name: scalars[name] for name in scalars}
+        return {**state, **kept, "step": state["step"] + 1, "skipped": skipped}, metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+# ---- data ------------------------------------------------------------------------------------------
+
+
+def open_batches(run: Run, span: phases.Span, first: int) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of a phase from its step `first` on; a pure function of (seed, phase, step)."""
+    config, phase = run.config, span.phase
+    crops = tuple(
+        multicrop.Crops(
+            global_size=large,
+            local_size=small,
+            gram_size=anchor,
+            locals=phase.crops.locals,
+            global_scale=tuple(phase.crops.global_scale),
+            local_scale=tuple(phase.crops.local_scale),
+            no_distortions=phase.crops.gram_undistorted,
+        )
+        for large, small, anchor in phase.crops.sizes
+    )
+    return pipeline.batches(
+        run.source,
+        crops,
+        tuple(phase.crops.probabilities),
+        masking.Masks(
+            patch=patch_stride(config),
+            probability=phase.masks.probability,
+            ratio=tuple(phase.masks.ratio),
+            circular_shift=phase.masks.circular_shift,
+        ),
+        batch=phase.batch_size,
+        group=phase.group,
+        seed=config.seed + 1_000_003 * span.index,  # every phase has an order of its own
+        start_step=first,
+        host=(jax.process_index(), jax.process_count()),
+        workers=config.data.workers,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def augment_policy(config: ConfigDict) -> photometric.Photometric:
+    """The photometric policy of a config."""
+    plain = {
+        key: tuple(value) if isinstance(value, list | tuple) else value
+        for key, value in config.augment.items()
+    }
+    return photometric.Photometric(
+        mean=tuple(config.data.mean), std=tuple(config.data.std), **plain
+    )
+
+
+def patch_stride(config: ConfigDict) -> int:
+    """Pixels of the image per patch token and axis."""
+    return 32 if config.model.name == "convnext" else config.model.patch_size
+
+
+# ---- state -----------------------------------------------------------------------------------------
+
+
+def restore(
+    run: Run, saves: checkpoint.Checkpoints, spans: tuple[phases.Span, ...]
+) -> tuple[states.State | None, int]:
+    """The newest good checkpoint of this run, or (None, 0)."""
+    step = saves.latest()
+    if step is None:
+        return None, 0
+    span = next(span for span in spans if span.first < step <= span.last)
+    shapes = states.abstract(run.config, run.networks, span.phase, run.mesh)
+    state, _ = saves.restore(step, shapes)
+    return state, step
+
+
+def begin_phase(
+    run: Run, saves: checkpoint.Checkpoints, span: phases.Span, state: states.State | None
+) -> states.State:
+    """The state at the first step of a phase (`phase.start`, `phase.gram.source`)."""
+    config, phase = run.config, span.phase
+    if phase.start == "previous" and state is not None:
+        centers = {
+            name: state["centers"].get(name, jnp.zeros((size,), jnp.float32))
+            for name, size in states.center_sizes(config, phase).items()
+        }
+        state = {**state, "gram": {}, "centers": centers}
+    else:
+        fresh = states.create(config, run.networks, phase, run.mesh)
+        if phase.start == "previous_teacher" and state is not None:
+            loaded = state["teacher"]
+        elif phase.start in ("previous", "previous_teacher", "scratch"):
+            loaded = fresh["student"]
+        else:
+            loaded = weights.load_params(phase.start, like=fresh["student"])
+        state = {
+            **fresh,
+            "student": states.copy(loaded),
+            "teacher": states.copy(loaded),
+            "step": sharding.to_step(span.first, run.mesh),
+        }
+    if phase.gram.teacher == "snapshot":
+        like = state["teacher"]["backbone"]
+        source = phase.gram.source
+        if source == "start":
+            gram = states.copy(like)
+        elif source.startswith("step:"):
+            teacher = saves.restore_item(int(source[5:]), "teacher", state["teacher"])
+            gram = teacher["backbone"]
+        else:
+            gram = weights.load_params(source, like={"backbone": like})["backbone"]
+        state = {**state, "gram": gram}
+    return state
+
+
+def save(
+    run: Run, saves: checkpoint.Checkpoints, span: phases.Span, state: states.State, step: int
+) -> None:
+    """Start an asynchronous checkpoint of everything, with what is needed to read it."""
+    saves.save(
+        step,
+        state,
+        {
+            "step": step,
+            "phase": span.phase.name,
+            "data": {"phase_index": span.index, "next_step": step - span.first},
+            "config": configs.flatten(run.config),
+        },
+    )
+
+
+def write_config(run: Run) -> None:
+    """`config.json`: the run's config as a tree and flat, once."""
+    target = run.workdir / "config.json"
+    if jax.process_index() or target.exists():
+        return
+    tree = json.loads(configs.to_json(run.config))
+    text = json.dumps({"config": tree, "flat": configs.flatten(run.config)}, indent=1) + "\n"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(target)
+
+
+def write_weights(run: Run, state: states.State, step: int) -> None:
+    """`weights/teacher.safetensors`: what `dinojax.load` and other runs start from."""
+    config = json.loads(configs.to_json(run.config))
+    target = run.workdir / "weights" / "teacher.safetensors"
+    weights.save_weights(target, state["teacher"], config, step)
+
+
+# ---- looking at it ---------------------------------------------------------------------------------
+
+
+def teacher_features(run: Run, state: states.State) -> Callable[[np.ndarray], Any]:
+    """uint8 images [n, i, j, c] -> Features of the EMA teacher."""
+    mean = 255.0 * np.asarray(run.config.data.mean, np.float32)
+    std = 255.0 * np.asarray(run.config.data.std, np.float32)
+    apply = run.networks.backbone.apply
+
+    @jax.jit
+    def features(params: states.Params, images: jax.Array) -> Any:
+        return apply(params, ((images.astype(jnp.float32) - mean) / std,))[0]
+
+    return lambda images: features(state["teacher"]["backbone"], images)
+
+
+def evaluate_floor(run: Run, state: states.State, log: writers.MetricsLog) -> None:
+    """What the untrained network and raw pixels reach, once: the floor to clear."""
+    if run.evaluator is None:
+        return
+    features = teacher_features(run, state)
+    row = {f"untrained_{n}": v for n, v in run.evaluator.run(lambda x: features(x).cls)}
+    row |= {f"pixels_{n}": v for n, v in run.evaluator.pixel_knn()}
+    log.write_eval(0, "floor", row)
+
+
+def evaluate(
+    run: Run, state: states.State, log: writers.MetricsLog, step: int, phase: str
+) -> None:
+    """k-NN of the teacher and PCA maps of fixed images."""
+    features = teacher_features(run, state)
+    if run.evaluator is not None:
+        log.write_eval(step, phase, dict(run.evaluator.run(lambda x: features(x).cls)))
+    count = min(run.config.eval.pictures, len(run.source))
+    if count and jax.process_index() == 0:
+        images = visualize.fixed_images(run.source, count, run.config.eval.size)
+        seen = jax.device_get(features(images))
+        side = run.config.eval.size // patch_stride(run.config)
+        sheet = visualize.pca_sheet(images, np.asarray(seen.patches, np.float32), (side, side))
+        visualize.save(run.workdir / "pictures" / f"pca_{step:08d}.png", sheet)
+        log.picture(step, "pca", sheet)
+
+
+def work_per_image(config: ConfigDict, phase: ConfigDict) -> profiling.Work:
+    """FLOPs of one image of the phase's first crop sizes, nominal and executed."""
+    raise NotImplementedError
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) is due."""
+    return every > 0 and step % every == 0
+
+
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C; the loop looks at it between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._set)
+
+    def _set(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(f"\n{signal.Signals(number).name}: saving, then stopping ...", flush=True)

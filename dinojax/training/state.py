@@ -1,0 +1,133 @@
+"""TrainState: what a run carries from step to step, born sharded, all plain nested dicts.
+
+step       int32 []        global step, all phases
+student    backbone, dino_head, ibot_head
+teacher    the same, the exponential moving average of the student
+optimizer  mu, nu (like student), count
+gram       a frozen backbone in phases with a Gram snapshot, else {}
+centers    [prototypes] per head where centering is "softmax", else {}
+skipped    total, in_a_row: steps whose update was not finite and was discarded
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from dinojax import sharding
+from dinojax.models import heads
+from dinojax.models.functional import Network
+from dinojax.training import optim
+
+State = dict[str, Any]
+Params = dict[str, Any]
+
+
+class NetworkSet(NamedTuple):
+    """The three networks of student and teacher."""
+
+    backbone: Network
+    dino_head: Network
+    ibot_head: Network
+
+    def applies(self) -> dict[str, Callable[..., Any]]:
+        """Their apply functions by name."""
+        return {name: network.apply for name, network in self._asdict().items()}
+
+
+def build_backbone(model: Mapping[str, Any]) -> Network:
+    """The backbone that the `model` section of a config describes."""
+    section = dict(model)
+    name = section.pop("name")
+    known = ("vit", "convnext")
+    if name not in known:
+        raise ValueError(f"config.model.name is {name!r}, expected one of {known}")
+    return importlib.import_module(f"dinojax.models.{name}").build(section)
+
+
+def build_networks(config: ConfigDict) -> NetworkSet:
+    """Backbone and heads of a config; heads take their input width from the backbone."""
+    backbone = build_backbone(config.model)
+    width = jax.eval_shape(backbone.init, jax.random.key(0))["norm"]["scale"].shape[0]
+    dtype = jnp.dtype(config.model.dtype)
+    return NetworkSet(
+        backbone,
+        heads.build(config.dino_head, width, dtype),
+        heads.build(config.ibot_head, width, dtype),
+    )
+
+
+def init_params(networks: NetworkSet, key: PRNGKeyArray) -> Params:
+    """Fresh float32 parameters of backbone and heads."""
+    keys = jax.random.split(key, 3)
+    return {
+        name: network.init(one)
+        for one, (name, network) in zip(keys, networks._asdict().items(), strict=True)
+    }
+
+
+def from_params(params: Params, *, gram: bool, centers: Mapping[str, int]) -> State:
+    """The state at the start of training from `params`: the teacher is an exact copy."""
+    copy = jax.tree.map(jnp.copy, params)
+    zero = jnp.zeros((), jnp.int32)
+    return {
+        "step": zero,
+        "student": params,
+        "teacher": copy,
+        "optimizer": optim.init(params),
+        "gram": jax.tree.map(jnp.copy, params["backbone"]) if gram else {},
+        "centers": {name: jnp.zeros((size,), jnp.float32) for name, size in centers.items()},
+        "skipped": {"total": zero, "in_a_row": zero},
+    }
+
+
+def center_sizes(config: ConfigDict, phase: ConfigDict) -> dict[str, int]:
+    """Prototypes per head that keep a running center in this phase."""
+    if phase.losses.centering != "softmax":
+        return {}
+    sizes = {"dino": config.dino_head.prototypes, "ibot": config.ibot_head.prototypes}
+    return {name: size for name, size in sizes.items() if phase.losses[name]}
+
+
+def abstract(config: ConfigDict, networks: NetworkSet, phase: ConfigDict, mesh: Mesh) -> State:
+    """Shapes, dtypes and shardings of the state in `phase`; nothing is allocated."""
+    shapes = jax.eval_shape(_initialiser(config, networks, phase), jax.random.key(0))
+    placed = sharding.tree_shardings(mesh, shapes, config.mesh.shard_above)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )
+
+
+def create(config: ConfigDict, networks: NetworkSet, phase: ConfigDict, mesh: Mesh) -> State:
+    """A fresh state, computed directly into its shards."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract(config, networks, phase, mesh))
+    init = jax.jit(_initialiser(config, networks, phase), out_shardings=shardings)
+    return init(jax.random.key(config.seed))
+
+
+def _initialiser(
+    config: ConfigDict, networks: NetworkSet, phase: ConfigDict
+) -> Callable[[PRNGKeyArray], State]:
+    centers, gram = center_sizes(config, phase), phase.gram.teacher == "snapshot"
+    return lambda key: from_params(init_params(networks, key), gram=gram, centers=centers)
+
+
+def ema(teacher: Params, student: Params, momentum: Float[Array, ""]) -> Params:
+    """teacher <- momentum * teacher + (1 - momentum) * student, float32 (spec 6.4)."""
+    return jax.tree.map(lambda t, s: momentum * t + (1.0 - momentum) * s, teacher, student)
+
+
+def refresh_gram(state: State) -> State:
+    """The Gram teacher becomes a copy of the current EMA backbone (spec 3.6)."""
+    return {**state, "gram": copy(state["teacher"]["backbone"])}
+
+
+@jax.jit
+def copy(tree: Params) -> Params:
+    """New buffers with the same values, each on the devices where it was."""
+    return jax.tree.map(jnp.copy, tree)
