@@ -339,8 +339,11 @@ def validate(config: ConfigDict) -> None:
             f"config.data.mean has {len(config.data.mean)} values for "
             f"{config.model.in_channels} channels (config.model.in_channels)"
         )
+    first = 0
     for phase_config in config.phases:
         _validate_phase(config, phase_config)
+        _validate_snapshot(config, phase_config, first)
+        first += phase_config.steps
 
 
 def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
@@ -390,11 +393,13 @@ def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
         for kind, size in zip(("global", "local", "gram"), triple, strict=True):
             if (kind == "gram" and size == 0) or (kind == "local" and crops.locals == 0):
                 continue
-            if size < patch or size % patch:
+            # Policy "floor" cuts what is left over a multiple, as the published high-resolution
+            # crops of 168 pixels need; the other policies would change the grid under the masks.
+            if size < patch or (size % patch and config.model.size_policy != "floor"):
                 near = max(patch, round(size / patch) * patch)
                 raise ValueError(
-                    f"{where}: the {kind} crop of {size} pixels is not a multiple of the patch "
-                    f"size {patch}; nearest: {near}"
+                    f"{where}: a {kind} crop of {size} pixels does not fit the patch size {patch} "
+                    f"(size_policy {config.model.size_policy!r}); nearest: {near}"
                 )
         if phase.gram.teacher == "snapshot" and triple[2] == 0:
             raise ValueError(
@@ -439,6 +444,25 @@ def _validate_losses(phase: ConfigDict, where: str) -> None:
         )
     if not any((phase.losses.dino, phase.losses.ibot, phase.gram.teacher != "none")):
         raise ValueError(f"{where}: no loss is left; set losses.dino or losses.ibot above 0")
+
+
+def _validate_snapshot(config: ConfigDict, phase: ConfigDict, first: int) -> None:
+    """A Gram teacher from this run's own past needs a checkpoint that is still there."""
+    if phase.gram.teacher != "snapshot" or not phase.gram.source.startswith("step:"):
+        return
+    where, text = f"phase {phase.name!r}", phase.gram.source[len("step:") :]
+    kept, every = config.checkpoint.keep_every, config.checkpoint.every
+    if not text.isdigit() or not 0 < int(text) <= first:
+        raise ValueError(
+            f"{where}: gram.source is {phase.gram.source!r}; expected step:N with N from 1 to "
+            f"{first}, where the phase begins"
+        )
+    if not kept or int(text) % kept or kept % every:
+        raise ValueError(
+            f"{where}: gram.source is {phase.gram.source!r}, but checkpoints are kept every "
+            f"{kept} steps (0 = none) out of one every {every}; set checkpoint.keep_every={text} "
+            f"and checkpoint.every to a divisor of it"
+        )
 
 
 def _validate_schedule(schedule: ConfigDict, where: str) -> None:
