@@ -152,5 +152,6 @@ def assert_close(
         relative = np.linalg.norm(error) / max(np.linalg.norm(expected), 1e-300)
         raise AssertionError(
             f"{name}: {bad.sum()} of {bad.size} entries off (atol {atol}, rtol {rtol}); "
-            f"worst at {at}: {actual[at]:.8g}, expected {expected[at]:.8g}; relative L2 {relative:.2e}"
+            f"worst at {at}: {actual[at]:.8g}, expected {expected[at]:.8g}; "
+            f"relative L2 {relative:.2e}"
         )
