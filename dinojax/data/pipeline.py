@@ -175,7 +175,7 @@ class BatchStream(Iterator[dict[str, Any]]):
         self.replaced: Counter[str] = Counter()
         self._groups = batches.groups
         if threads is None:
-            threads = 1 if workers else len(os.sched_getaffinity(0))
+            threads = 1 if workers else _cores()
         ahead = prefetch * self._groups  # groups
         if workers:
             ahead = -(-ahead // workers)
@@ -209,6 +209,13 @@ class BatchStream(Iterator[dict[str, Any]]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _cores() -> int:
+    """Cores this process may use (a container or a job often has fewer than the machine)."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:
