@@ -87,7 +87,8 @@ class Batches:
         """(record, visit) at each position of the endless sequence of rows.
 
         Every visit goes through all records in an order of its own (grain's index_shuffle: a
-        permutation computed entry by entry, nothing is stored).
+        permutation computed entry by entry, nothing is stored). It walks a cycle among at least
+        2**16 numbers: 4 us an entry from 10,000 records on, 0.06 ms for 1,000, 1 ms for 16.
         """
         n, seeds, found = len(self.source), {}, []
         for position in positions:
