@@ -12,8 +12,8 @@ from dinojax.layers.linear import Linear, dot
 class Attention(nnx.Module):
     """proj(softmax(q kᵀ / sqrt(e)) v).
 
-    The qkv kernel is [d, 3d] with columns q | k | v, heads contiguous in each. `mask_k_bias` multiplies
-    the qkv bias by the constant 1 | 0 | 1, so k has none and gets no gradient.
+    The qkv kernel is [d, 3d] with columns q | k | v, heads contiguous in each. `mask_k_bias`
+    multiplies the qkv bias by the constant 1 | 0 | 1, so k has none and gets no gradient.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Every matrix product with a weight, in one place: compute-dtype inputs, float32 accumulation.
 
 Why a backward of our own: measured on a CPU with AMX, a bf16 product that asks for a float32 result
-runs at 1.1-1.9 TFLOP/s, one that asks for bf16 at 0.28, a float32 one at 0.3, and the transposes that
-autodiff writes mix float32 with bf16 and land on the slow path.
+runs at 1.1-1.9 TFLOP/s, one that asks for bf16 at 0.28, a float32 one at 0.3, and the transposes
+that autodiff writes mix float32 with bf16 and land on the slow path.
 """
 
 import jax

@@ -36,8 +36,8 @@ class PatchEmbed(nnx.Module):
 def fit(images: Float[Array, "n i j c"], patch: int, policy: str) -> Float[Array, "n y x c"]:
     """Sides made multiples of the patch.
 
-    `floor` cuts right and bottom, `resize` goes to the nearest multiple (bilinear, antialiased), `pad`
-    adds zeros right and bottom.
+    `floor` cuts right and bottom, `resize` goes to the nearest multiple (bilinear, antialiased),
+    `pad` adds zeros right and bottom.
     """
     n, i, j, c = images.shape
     if policy == "floor":

@@ -135,8 +135,8 @@ def with_prefix(rope: Tables, prefix: int) -> Tables:
 def apply(x: Float[Array, "n t h e"], rope: Tables) -> Float[Array, "n t h e"]:
     """y = x cos + [-b, a] sin with [a, b] the halves of x, in the dtype of the tables.
 
-    Only the last tokens turn, as many as the tables hold. Rows are g equal runs, one for each leading
-    entry of the tables.
+    Only the last tokens turn, as many as the tables hold. Rows are g equal runs, one for each
+    leading entry of the tables.
     """
     n, t, h, e = x.shape
     g, p, _ = rope.sin.shape

@@ -22,16 +22,16 @@ class Network(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What a backbone returns for one crop size, in its compute dtype; `prenorm`: before the norm."""
+    """What a backbone returns for one crop size, in its compute dtype."""
 
     cls: Float[Array, "n d"]
     storage: Float[Array, "n r d"]
     patches: Float[Array, "n p d"]
-    prenorm: Float[Array, "n t d"]
+    prenorm: Float[Array, "n t d"]  # all tokens before the last norm
 
 
 def functional(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    """Splits a module's constructor into `init` and `apply`; both can be jitted and eval_shape'd."""
+    """Splits a module's constructor into `init` and `apply`."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
     def init(key: Key[Array, ""]) -> Params:

@@ -132,9 +132,9 @@ class ViT(nnx.Module):
         """Features of each entry of crops; a mask replaces patches by the mask token.
 
         A key means training: stochastic depth, RoPE augmentation, and `local_cls_norm` on entry 1.
-        Rows of every entry are then g equal runs, one for each of `groups`, the groups' numbers in the
-        whole batch (None: all rows are group 0). Draws depend on (key, block, entry, group number)
-        alone, so neither on devices nor on micro-batches.
+        Rows of every entry are then g equal runs, one for each of `groups`, the groups' numbers in
+        the whole batch (None: all rows are group 0). Draws depend on (key, block, entry, group
+        number) alone, so neither on devices nor on micro-batches.
         """
         masks = masks or (None,) * len(crops)
         embedded = [self._embed(*pair) for pair in zip(crops, masks, strict=True)]
@@ -150,7 +150,7 @@ class ViT(nnx.Module):
     def intermediate(
         self, images: Float[Array, "n i j c"], layers: int | tuple[int, ...] = 1, norm: bool = True
     ) -> tuple[Features, ...]:
-        """Outputs of the listed blocks (an int: the last so many), after the final norm if asked."""
+        """Outputs of the listed blocks (an int: the last so many), final norm applied if asked."""
         depth = self.config.depth
         layers = tuple(range(depth - layers, depth)) if isinstance(layers, int) else layers
         x, place = self._embed(images, None)
