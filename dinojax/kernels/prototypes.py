@@ -6,7 +6,9 @@ So nothing here holds one unless it is small (`default_chunk`): passes over the 
 chunk at a time, and the backward pass makes its tables anew. The target term needs no table either:
     sum_k q_mk <x_n, W_k> = <x_n, sum_k q_mk W_k>,
 one contraction [m, b] per target row, whatever number of student rows is compared with it.
-Prototypes are stored [K, b], so that a chunk of them is a view. Called by `losses`.
+Prototypes are stored [K, b], so that a chunk of them is a view. Across devices, shard them over b:
+each chunk is then gathered when its turn comes; sharded over K, the whole matrix is gathered before
+the loop (both seen in the compiled program of 8 devices). Called by `losses`.
 """
 
 import functools
@@ -69,7 +71,7 @@ def scan_chunks(
     """`lax.scan` over consecutive chunks of the leading axis; the last one may be shorter.
 
     `body` gets the chunks [chunk, ...] and gives carry and an output [chunk, ...] or None; outputs
-    are joined to [K, ...]. Arrays should not be sharded along this axis: they would be gathered.
+    are joined to [K, ...].
     """
     size = arrays[0].shape[0]
     whole = size // chunk
