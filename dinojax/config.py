@@ -15,6 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+Number = int | float
+
 
 def base() -> ConfigDict:
     """The whole tree with the defaults of the public ViT-L ImageNet-1k recipe (spec 7.2)."""
@@ -125,12 +127,12 @@ def base() -> ConfigDict:
     return config
 
 
-def constant(number: float) -> dict[str, Any]:
+def constant(number: Number) -> dict[str, Any]:
     """A schedule that never changes."""
     return v2(number, number, number, 0, 0)
 
 
-def v2(start: float, peak: float, end: float, warmup: int, cosine: int = -1) -> dict[str, Any]:
+def v2(start: Number, peak: Number, end: Number, warmup: int, cosine: int = -1) -> dict[str, Any]:
     """Linear start -> peak over `warmup` steps, cosine to `end` over `cosine` (-1: the rest)."""
     return {
         "kind": "v2",
@@ -142,7 +144,9 @@ def v2(start: float, peak: float, end: float, warmup: int, cosine: int = -1) -> 
     }
 
 
-def v1(start: float, base: float, end: float, warmup: int, trunc_extra: float = 0.0) -> dict:
+def v1(
+    start: Number, base: Number, end: Number, warmup: int, trunc_extra: Number = 0.0
+) -> dict[str, Any]:
     """The older family: warm-up including both ends, then a cosine that never quite arrives."""
     return {
         "kind": "v1",
@@ -154,7 +158,7 @@ def v1(start: float, base: float, end: float, warmup: int, trunc_extra: float = 
     }
 
 
-def v1_linear(start: float, end: float, warmup: int) -> dict[str, Any]:
+def v1_linear(start: Number, end: Number, warmup: int) -> dict[str, Any]:
     """The older teacher-temperature schedule: linear warm-up including both ends, then constant."""
     return {"kind": "v1_linear", "start": float(start), "end": float(end), "warmup": int(warmup)}
 
@@ -207,7 +211,8 @@ def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
                 "tokens": "all",  # all | masked | unmasked (the last two need img_level=False)
                 "remove_neg": False,
                 "remove_only_teacher_neg": False,
-                "antialias": False,  # of the resize of the Gram teacher's features
+                "resize": "bicubic",  # bicubic | bilinear: the Gram teacher's features to ours
+                "antialias": False,  # of that resize
                 "refresh_first": 0,  # copy the EMA again after this many steps, ...
                 "refresh_every": 0,  # ... every so many (0 = never) ...
                 "refresh_max": 0,  # ... at most so often (0 = no limit)
@@ -429,6 +434,7 @@ def _validate_losses(phase: ConfigDict, where: str) -> None:
         ("losses.centering", phase.losses.centering, ("sinkhorn", "softmax")),
         ("gram.teacher", phase.gram.teacher, ("none", "snapshot", "ema")),
         ("gram.tokens", phase.gram.tokens, ("all", "masked", "unmasked")),
+        ("gram.resize", phase.gram.resize, ("bicubic", "bilinear")),
     )
     for key, value, known in choices:
         if value not in known:
@@ -481,7 +487,7 @@ def load_file(path: str, argument: str | None = None) -> ConfigDict:
     """The config of an experiment file (`get_config(argument)`), without flags."""
     file = pathlib.Path(path)
     if not file.is_file():
-        siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        siblings = [str(p) for p in pathlib.Path("experiments").glob("*.py")]
         raise ValueError(f"no experiment file {path!r}; {nearest(str(path), siblings)}")
     scope: dict[str, Any] = {"__name__": file.stem, "__file__": str(file)}
     exec(compile(file.read_text(), str(file), "exec"), scope)

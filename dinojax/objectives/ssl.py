@@ -151,7 +151,7 @@ def make_loss_fn(
         )
         locals_ = views["local"].shape[1]
         cls_global = unfold(seen_global.cls, 2).astype(jnp.float32)  # [b, 2, d]
-        metrics: Arrays = {"cls_spread": spread(cls_global)}
+        metrics: Arrays = {"cls_spread": spread(cls_global, batch["groups"].shape[0])}
         total = jnp.zeros((), jnp.float32)
 
         if weights.dino:
@@ -212,7 +212,7 @@ def make_loss_fn(
         (anchor,) = networks.gram(frozen["gram"], (fold(views["gram"]),))
         grid = tuple(side // patch_size for side in views["gram"].shape[2:4])
         return gram.resize_features(
-            anchor.patches.astype(jnp.float32), grid, (rows, cols), antialias=phase.gram.antialias
+            anchor.patches, grid, (rows, cols), phase.gram.resize, phase.gram.antialias
         )
 
     def gram_terms(
@@ -271,8 +271,12 @@ def head_rows(
     return unfold(rows, x.shape[1])
 
 
-def spread(cls: Float[Array, "b v d"]) -> Float[Array, ""]:
-    """sqrt(d) x mean std of the normalised CLS over images: 1 spread out, 0 collapsed."""
+def spread(cls: Float[Array, "b v d"], groups: int) -> Float[Array, ""]:
+    """sqrt(d) x std of the normalised CLS within a group, mean of groups: 1 spread, 0 collapsed.
+
+    By group, so that the mean of micro-batches is the number of the whole batch.
+    """
+    d = cls.shape[-1]
     unit = cls / jnp.maximum(jnp.linalg.norm(cls, axis=-1, keepdims=True), 1e-12)
-    deviation = jnp.sqrt(jnp.mean(jnp.var(jax.lax.stop_gradient(unit), axis=0)))
-    return deviation * cls.shape[-1] ** 0.5
+    rows = jax.lax.stop_gradient(unit).reshape(groups, -1, d)  # [b, v, d] -> [g, r, d]
+    return jnp.sqrt(d * jnp.var(rows, axis=1, ddof=1).mean(axis=-1)).mean()

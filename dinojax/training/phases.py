@@ -31,17 +31,17 @@ def spans(config: ConfigDict) -> tuple[Span, ...]:
 
 def scalars(config: ConfigDict, phase: ConfigDict, step: int) -> dict[str, float]:
     """Every scheduled number at `step` of the phase (spec 6.2, 6.3)."""
-    plan, total = phase.schedules, phase.steps
+    plan, total = phase.schedules.to_dict(), phase.steps
     factor = schedules.scale_lr(config.optim.lr_scaling, phase.batch_size)
-    rate = schedules.value(schedules.scaled(plan.lr, factor), step, total)
+    rate = schedules.value(schedules.scaled(plan["lr"], factor), step, total)
     return {
         "lr": rate,
-        "last_layer_lr": 0.0 if step < plan.freeze_last_layer else rate,
-        "weight_decay": schedules.value(plan.weight_decay, step, total),
-        "momentum": schedules.value(plan.momentum, step, total),
-        "teacher_temp": schedules.value(plan.teacher_temp, step, total),
-        "dino_local_weight": schedules.value(plan.dino_local, step, total),
-        "gram_weight": schedules.value(plan.gram, step, total),
+        "last_layer_lr": 0.0 if step < plan["freeze_last_layer"] else rate,
+        "weight_decay": schedules.value(plan["weight_decay"], step, total),
+        "momentum": schedules.value(plan["momentum"], step, total),
+        "teacher_temp": schedules.value(plan["teacher_temp"], step, total),
+        "dino_local_weight": schedules.value(plan["dino_local"], step, total),
+        "gram_weight": schedules.value(plan["gram"], step, total),
     }
 
 

@@ -52,13 +52,13 @@ def build_backbone(model: Mapping[str, Any]) -> Network:
 
 def build_networks(config: ConfigDict) -> NetworkSet:
     """Backbone and heads of a config; heads take their input width from the backbone."""
-    backbone = build_backbone(config.model)
+    backbone = build_backbone(config.model.to_dict())
     width = jax.eval_shape(backbone.init, jax.random.key(0))["norm"]["scale"].shape[0]
     dtype = jnp.dtype(config.model.dtype)
     return NetworkSet(
         backbone,
-        heads.build(config.dino_head, width, dtype),
-        heads.build(config.ibot_head, width, dtype),
+        heads.build(config.dino_head.to_dict(), width, dtype),
+        heads.build(config.ibot_head.to_dict(), width, dtype),
     )
 
 
