@@ -37,7 +37,7 @@ setup(
         "tfds": TFDS,  # tfds:NAME sources; read without TensorFlow, but a large installation
         "eval": TFDS,  # labelled public data sets to evaluate on
         "test": TEST,
-        "oracle": [*TEST, "torch==2.13.0", "transformers>=4.56,<6"],
+        "oracle": [*TEST, "torch==2.13.0", "transformers>=5,<6"],
         "dev": [*TEST, "pre-commit>=4,<5", "ruff>=0.17,<0.18"],
     },
 )
