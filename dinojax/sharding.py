@@ -134,3 +134,8 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 def to_scalars(values: Mapping[str, float], mesh: Mesh) -> dict[str, jax.Array]:
     """Host numbers -> replicated float32 scalars (an explicit transfer; the guard is on)."""
     return jax.device_put({k: np.float32(v) for k, v in values.items()}, replicated(mesh))
+
+
+def to_counter(value: int, mesh: Mesh) -> jax.Array:
+    """A host number -> a replicated int32 scalar."""
+    return jax.device_put(np.int32(value), replicated(mesh))

@@ -10,7 +10,7 @@ import os
 import pathlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     networks: states.NetworkSet
     source: sources.Source
     evaluator: knn.Evaluator | None
+    features: Callable[..., Any]  # jitted: (backbone parameters, uint8 images) -> Features
 
 
 def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
@@ -63,8 +64,10 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
                 f"{shards} devices x {config.microbatches} micro-batches; nearest: group="
                 f"{max(1, phase.batch_size // (shards * config.microbatches))}"
             )
+    augment_policy(config)  # raises on probabilities and strengths that cannot be
     networks = states.build_networks(config)
     source = sources.open_source(config.data.source)
+    sources.check_readable(source, config.model.in_channels)
     for phase in config.phases:
         pipeline.validate(source, phase.batch_size)
     evaluator = None
@@ -76,7 +79,9 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
             k=(config.eval.knn_k,),
             batch=config.eval.batch,
         )
-    return Run(config, workdir, mesh, networks, source, evaluator)
+        evaluator.bank.labels(), evaluator.queries.labels()  # raise now where there are none
+    features = jax.jit(feature_function(config, networks))
+    return Run(config, workdir, mesh, networks, source, evaluator, features)
 
 
 def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -152,12 +157,13 @@ def train_phase(
 ) -> tuple[states.State, int, bool]:
     """Train from global `step` to the end of the phase; (state, step, stopped by a signal)."""
     config, phase, mesh = run.config, span.phase, run.mesh
-    step_fn = make_step(config, run.networks, phase)
+    step_fn = make_step(config, run.networks, phase, mesh)
     batches = open_batches(run, span, step - span.first)
-    work = work_per_image(config, phase)
+    work = work_per_image(config, run.networks, phase)
     timer = profiling.StepTimer(phase.batch_size, profiling.peak_flops(config.model.dtype))
     progress = writers.ProgressLine(phase.name, span.last)
     watch = health.NonFinite(config.max_nonfinite)
+    collapse = health.CollapseWatch(config.dino_head.prototypes)
     pending: list[tuple[int, dict[str, Any]]] = []
     shapes: set[int] = set()
     saved = step
@@ -170,7 +176,10 @@ def train_phase(
             row = {name: float(value) for name, value in metrics.items()}
             if (at + 1) % config.log_every == 0 or at + 1 == span.last:
                 log.write(at + 1, phase.name, row)
-            watch.observe(at, row)
+            watch.observe(at + 1, row)
+            warning = collapse.observe(at + 1, row)
+            if warning:
+                print(warning, flush=True)
         if fetched:
             speed = timer.lap(now, span.last, work)
             log.write_speed(now, phase.name, speed)
@@ -210,24 +219,28 @@ def train_phase(
         report(step)
         assert step_fn._cache_size() <= len(shapes), "a step shape was compiled twice"
 
+    batches.close()
+    progress.close()
+    if step == span.last:  # before the save, so that a kill in between repeats it
+        evaluate(run, state, log, step, phase.name)
+        write_weights(run, state, step)
     if saved < step:
         save(run, saves, span, state, step)
     saves.wait()
-    progress.close()
-    if step == span.last:
-        evaluate(run, state, log, step, phase.name)
-        write_weights(run, state, step)
     return state, step, step < span.last
 
 
 def make_step(
-    config: ConfigDict, networks: states.NetworkSet, phase: ConfigDict
+    config: ConfigDict, networks: states.NetworkSet, phase: ConfigDict, mesh: Mesh
 ) -> Callable[..., tuple[states.State, dict[str, jax.Array]]]:
     """The compiled step of a phase: (state, batch, scalars) -> (state, metrics).
 
     Gradients, clip per network, AdamW, EMA. An update that is not finite is discarded as a whole.
     """
-    rules = None  # of parameter paths; found at trace time
+    shapes = states.abstract(config, networks, phase, mesh)
+    rules = optim.parameter_rules(
+        shapes["student"], config.optim.layer_decay, config.optim.patch_embed_lr
+    )
     applies = networks.applies()
     fns = ssl.make_loss_fn(
         phase,
@@ -238,23 +251,20 @@ def make_step(
         jnp.dtype(config.model.dtype),
     )
     unit = max(phase.group, phase.losses.koleo_group if phase.losses.koleo else 1)
+    betas = pair(config.optim.betas)
     gradients_of = microbatch.value_and_grad(fns, config.microbatches, unit)
 
     def step(
         state: states.State, batch: dict[str, jax.Array], scalars: dict[str, jax.Array]
     ) -> tuple[states.State, dict[str, jax.Array]]:
-        nonlocal rules
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         frozen = {"teacher": state["teacher"], "gram": state["gram"]}
         metrics, gradients, centers = gradients_of(
             state["student"], frozen, batch, state["centers"], scalars, key
         )
         gradients, norms = optim.clip_by_network(gradients, config.optim.clip)
-        rules = rules or optim.parameter_rules(
-            state["student"], config.optim.layer_decay, config.optim.patch_embed_lr
-        )
         student, optimizer = optim.update(
-            state["student"], gradients, state["optimizer"], scalars, rules, config.optim.betas
+            state["student"], gradients, state["optimizer"], scalars, rules, betas
         )
         teacher = states.ema(state["teacher"], student, scalars["momentum"])
         new = {"student": student, "teacher": teacher, "optimizer": optimizer, "centers": centers}
@@ -273,13 +283,16 @@ def make_step(
         metrics |= {name: scalars[name] for name in scalars}
         return {**state, **kept, "step": state["step"] + 1, "skipped": skipped}, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    # The state keeps its place: without this the compiler may choose another one for the outputs,
+    # and the second step would be compiled again.
+    placed = (jax.tree.map(lambda x: x.sharding, shapes), sharding.replicated(mesh))
+    return jax.jit(step, donate_argnums=0, out_shardings=placed)
 
 
-# ---- data ------------------------------------------------------------------------------------------
+# ---- data ---------------------------------------------------------------------------------------
 
 
-def open_batches(run: Run, span: phases.Span, first: int) -> Iterator[dict[str, np.ndarray]]:
+def open_batches(run: Run, span: phases.Span, first: int) -> pipeline.BatchStream:
     """Batches of a phase from its step `first` on; a pure function of (seed, phase, step)."""
     config, phase = run.config, span.phase
     crops = tuple(
@@ -288,31 +301,39 @@ def open_batches(run: Run, span: phases.Span, first: int) -> Iterator[dict[str, 
             local_size=small,
             gram_size=anchor,
             locals=phase.crops.locals,
-            global_scale=tuple(phase.crops.global_scale),
-            local_scale=tuple(phase.crops.local_scale),
+            global_scale=pair(phase.crops.global_scale),
+            local_scale=pair(phase.crops.local_scale),
             no_distortions=phase.crops.gram_undistorted,
         )
         for large, small, anchor in phase.crops.sizes
     )
-    return pipeline.batches(
+    batches = pipeline.Batches(
         run.source,
         crops,
-        tuple(phase.crops.probabilities),
+        tuple(float(p) for p in phase.crops.probabilities),
         masking.Masks(
             patch=patch_stride(config),
             probability=phase.masks.probability,
-            ratio=tuple(phase.masks.ratio),
+            ratio=pair(phase.masks.ratio),
             circular_shift=phase.masks.circular_shift,
         ),
         batch=phase.batch_size,
         group=phase.group,
         seed=config.seed + 1_000_003 * span.index,  # every phase has an order of its own
-        start_step=first,
         host=(jax.process_index(), jax.process_count()),
+    )
+    return batches.stream(
+        first,
         workers=config.data.workers,
-        threads=config.data.threads,
+        threads=config.data.threads or None,
         prefetch=config.data.prefetch,
     )
+
+
+def pair(values: Sequence[float]) -> tuple[float, float]:
+    """Two numbers of a config as floats (flags make tuples of whole numbers too)."""
+    low, high = values
+    return float(low), float(high)
 
 
 def augment_policy(config: ConfigDict) -> photometric.Photometric:
@@ -331,7 +352,7 @@ def patch_stride(config: ConfigDict) -> int:
     return 32 if config.model.name == "convnext" else config.model.patch_size
 
 
-# ---- state -----------------------------------------------------------------------------------------
+# ---- state --------------------------------------------------------------------------------------
 
 
 def restore(
@@ -353,11 +374,8 @@ def begin_phase(
     """The state at the first step of a phase (`phase.start`, `phase.gram.source`)."""
     config, phase = run.config, span.phase
     if phase.start == "previous" and state is not None:
-        centers = {
-            name: state["centers"].get(name, jnp.zeros((size,), jnp.float32))
-            for name, size in states.center_sizes(config, phase).items()
-        }
-        state = {**state, "gram": {}, "centers": centers}
+        zeros = states.zero_centers(config, phase, run.mesh)
+        state = {**state, "gram": {}, "centers": zeros | state["centers"] if zeros else {}}
     else:
         fresh = states.create(config, run.networks, phase, run.mesh)
         if phase.start == "previous_teacher" and state is not None:
@@ -366,12 +384,8 @@ def begin_phase(
             loaded = fresh["student"]
         else:
             loaded = weights.load_params(phase.start, like=fresh["student"])
-        state = {
-            **fresh,
-            "student": states.copy(loaded),
-            "teacher": states.copy(loaded),
-            "step": sharding.to_step(span.first, run.mesh),
-        }
+        both = {"student": states.copy(loaded), "teacher": states.copy(loaded)}
+        state = {**fresh, **both, "step": sharding.to_counter(span.first, run.mesh)}
     if phase.gram.teacher == "snapshot":
         like = state["teacher"]["backbone"]
         source = phase.gram.source
@@ -421,52 +435,89 @@ def write_weights(run: Run, state: states.State, step: int) -> None:
     weights.save_weights(target, state["teacher"], config, step)
 
 
-# ---- looking at it ---------------------------------------------------------------------------------
+# ---- looking at it ------------------------------------------------------------------------------
 
 
-def teacher_features(run: Run, state: states.State) -> Callable[[np.ndarray], Any]:
-    """uint8 images [n, i, j, c] -> Features of the EMA teacher."""
-    mean = 255.0 * np.asarray(run.config.data.mean, np.float32)
-    std = 255.0 * np.asarray(run.config.data.std, np.float32)
-    apply = run.networks.backbone.apply
+def feature_function(
+    config: ConfigDict, networks: states.NetworkSet
+) -> Callable[[states.Params, jax.Array], Any]:
+    """(backbone parameters, uint8 images [n, i, j, c]) -> Features, without augmentation."""
+    mean = 255.0 * np.asarray(config.data.mean, np.float32)
+    std = 255.0 * np.asarray(config.data.std, np.float32)
 
-    @jax.jit
     def features(params: states.Params, images: jax.Array) -> Any:
-        return apply(params, ((images.astype(jnp.float32) - mean) / std,))[0]
+        pixels = (images.astype(jnp.float32) - mean[None, None, None]) / std[None, None, None]
+        return networks.backbone.apply(params, (pixels,))[0]
 
-    return lambda images: features(state["teacher"]["backbone"], images)
+    return features
 
 
 def evaluate_floor(run: Run, state: states.State, log: writers.MetricsLog) -> None:
     """What the untrained network and raw pixels reach, once: the floor to clear."""
     if run.evaluator is None:
         return
-    features = teacher_features(run, state)
-    row = {f"untrained_{n}": v for n, v in run.evaluator.run(lambda x: features(x).cls)}
-    row |= {f"pixels_{n}": v for n, v in run.evaluator.pixel_knn()}
+    row = {f"untrained_{name}": value for name, value in knn_scores(run, state)}
+    row |= {f"pixels_{name}": value for name, value in run.evaluator.pixel_knn()}
     log.write_eval(0, "floor", row)
+    tell(0, row)
 
 
-def evaluate(
-    run: Run, state: states.State, log: writers.MetricsLog, step: int, phase: str
-) -> None:
+def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, phase: str) -> None:
     """k-NN of the teacher and PCA maps of fixed images."""
-    features = teacher_features(run, state)
     if run.evaluator is not None:
-        log.write_eval(step, phase, dict(run.evaluator.run(lambda x: features(x).cls)))
+        row = dict(knn_scores(run, state))
+        log.write_eval(step, phase, row)
+        tell(step, row)
     count = min(run.config.eval.pictures, len(run.source))
     if count and jax.process_index() == 0:
         images = visualize.fixed_images(run.source, count, run.config.eval.size)
-        seen = jax.device_get(features(images))
+        seen = jax.device_get(run.features(state["teacher"]["backbone"], images).patches)
         side = run.config.eval.size // patch_stride(run.config)
-        sheet = visualize.pca_sheet(images, np.asarray(seen.patches, np.float32), (side, side))
-        visualize.save(run.workdir / "pictures" / f"pca_{step:08d}.png", sheet)
+        sheet = visualize.pca_sheet(images, np.asarray(seen, np.float32), (side, side))
+        visualize.save(sheet, run.workdir / "pictures" / f"pca_{step:08d}.png")
         log.picture(step, "pca", sheet)
 
 
-def work_per_image(config: ConfigDict, phase: ConfigDict) -> profiling.Work:
-    """FLOPs of one image of the phase's first crop sizes, nominal and executed."""
-    raise NotImplementedError
+def knn_scores(run: Run, state: states.State) -> Iterator[tuple[str, float]]:
+    """k-NN of the teacher's CLS token."""
+    backbone = state["teacher"]["backbone"]
+    return run.evaluator.run(lambda images: run.features(backbone, images).cls)
+
+
+def tell(step: int, row: dict[str, float]) -> None:
+    """One line for people: the accuracies of an evaluation."""
+    if jax.process_index() == 0:
+        scores = "  ".join(f"{name} {value:.1f}%" for name, value in row.items())
+        print(f"step {step:,}: {scores}", flush=True)
+
+
+def work_per_image(
+    config: ConfigDict, networks: states.NetworkSet, phase: ConfigDict
+) -> profiling.Work:
+    """FLOPs of one image, nominal and executed, averaged over the phase's crop sizes."""
+    params = jax.eval_shape(lambda key: states.init_params(networks, key), jax.random.key(0))
+    for name in ("dino", "ibot"):
+        if not phase.losses[name]:
+            params.pop(f"{name}_head")
+    stride, works = patch_stride(config), []
+    for sizes in phase.crops.sizes:
+        grid = (sizes[0] // stride,) * 2
+        slots = masking.mask_slots(
+            2 * phase.group, grid, phase.masks.probability, pair(phase.masks.ratio)
+        )
+        works.append(
+            profiling.work_per_image(
+                params,
+                tuple(sizes),
+                phase.crops.locals,
+                masked=slots / phase.group,
+                group=phase.group,
+                drop_path=config.model.drop_path,
+            )
+        )
+    chances = phase.crops.probabilities
+    mean = [sum(p * w for p, w in zip(chances, column, strict=True)) for column in zip(*works)]
+    return profiling.Work(*mean)
 
 
 def due(step: int, every: int) -> bool:

@@ -343,3 +343,21 @@ def _is_large(kind: pa.DataType) -> bool:
 
 def _reraise(error: OSError) -> None:
     raise ValueError(f"folder source: {error.filename!r} cannot be read ({error.strerror}).")
+
+
+def check_readable(source: Source, channels: int, tries: int = 32) -> None:
+    """Raise ValueError unless one of the first images can be read and has `channels` channels."""
+    failures = []
+    for index in range(min(tries, len(source))):
+        try:
+            found = source.image(index).shape[-1]
+        except UnreadableImage as error:
+            failures.append(str(error))
+            continue
+        if found != channels:
+            raise ValueError(
+                f"the images have {found} channels, the model expects {channels}; "
+                f"nearest: config.model.in_channels={found}."
+            )
+        return
+    raise ValueError(f"the first {len(failures)} images cannot be read, the last: {failures[-1]}")

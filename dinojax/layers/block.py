@@ -57,7 +57,7 @@ class LayerScale(nnx.Module):
     """Holds γ [d]; `residual` multiplies by it."""
 
     def __init__(self, dim: int, value: float) -> None:
-        self.gamma = nnx.Param(jnp.full(dim, value))
+        self.gamma = nnx.Param(jnp.full(dim, value, jnp.float32))
 
 
 class Block(nnx.Module):

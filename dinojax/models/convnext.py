@@ -100,7 +100,7 @@ class Block(nnx.Module):
         self.norm = LayerNorm(dim, epsilon=EPSILON)
         self.pwconv1 = Linear(dim, 4 * dim, rngs=rngs)
         self.pwconv2 = Linear(4 * dim, dim, rngs=rngs)
-        self.gamma = nnx.Param(jnp.full(dim, layerscale))
+        self.gamma = nnx.Param(jnp.full(dim, layerscale, jnp.float32))
 
     def __call__(
         self, x: Float[Array, "n y x d"], keep: Float[Array, " n"] | None = None

@@ -12,6 +12,7 @@ Only bottleneck features and potentials cross from one to the next, never a [row
 table. Rows are image-major: all views of image 0 first.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -72,7 +73,10 @@ def make_loss_fn(
     temp = weights.student_temp
 
     def prepare(batch: Arrays) -> Arrays:
-        return constrain_batch(photometric.views(batch, augment, phase.crops.gram_undistorted))
+        side = math.isqrt(batch["masks"].shape[-1]) * patch_size  # of the global crops
+        return constrain_batch(
+            photometric.views(batch, augment, phase.crops.gram_undistorted, side)
+        )
 
     def teach(frozen: Params, views: Arrays, batch: Arrays) -> Arrays:
         teacher = frozen["teacher"]

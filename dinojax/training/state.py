@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
@@ -92,6 +93,12 @@ def center_sizes(config: ConfigDict, phase: ConfigDict) -> dict[str, int]:
         return {}
     sizes = {"dino": config.dino_head.prototypes, "ibot": config.ibot_head.prototypes}
     return {name: size for name, size in sizes.items() if phase.losses[name]}
+
+
+def zero_centers(config: ConfigDict, phase: ConfigDict, mesh: Mesh) -> dict[str, Array]:
+    """Centers at the start of a phase that keeps them."""
+    zeros = {n: np.zeros((k,), np.float32) for n, k in center_sizes(config, phase).items()}
+    return jax.device_put(zeros, sharding.replicated(mesh))
 
 
 def abstract(config: ConfigDict, networks: NetworkSet, phase: ConfigDict, mesh: Mesh) -> State:

@@ -1,0 +1,93 @@
+"""Train: `python launch/run.py --config experiments/X.py --workdir DIR`. Run again to resume.
+
+Every value of the config can be changed on the command line:
+
+    --config.batch_size=64                      a value
+    --config.data.source=folder:/images         what to train on
+    --config.phases[0].steps=500                a value of the first phase
+    --config experiments/gram_vitl.py:tiny      a variant the experiment file offers
+
+Exit codes: 0 done; 1 the run ended early (the sentence says why); 2 something in the command or
+the config cannot work, nothing was started; 75 stopped by SIGTERM or Ctrl-C after a save.
+"""
+
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment file, e.g. experiments/demo.py.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run: checkpoints, metrics, pictures, weights."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Prepare (sentences, no work), then train."""
+    if len(argv) > 1:
+        return refuse(f"unexpected argument {argv[1]!r}; values are given as --config.KEY=VALUE")
+    for flag, example in ((CONFIG, "experiments/demo.py"), (WORKDIR, "runs/a")):
+        if flag.value is None:
+            return refuse(f"--{flag.name} is missing; for example --{flag.name} {example}")
+
+    from dinojax import sharding, train  # after the flags: jax starts only when it is needed
+    from dinojax.training import checkpoint, health
+
+    logging.set_verbosity(logging.WARNING)
+    sharding.start_distributed()
+    try:
+        run = train.prepare(CONFIG.value, WORKDIR.value)
+    except (ValueError, checkpoint.CheckpointError) as error:
+        return refuse(str(error))
+    try:
+        return train.train(run)
+    except (health.TrainingDiverged, checkpoint.CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def refuse(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Flags -> values; a misspelt key ends in a sentence with the nearest name."""
+    if "--help" in argv or "-h" in argv:
+        print(__doc__)
+        sys.exit(0)
+    wrong = explain(argv)
+    if wrong is None:
+        try:
+            return flags.FLAGS(argv)
+        except Exception as error:  # the flag libraries raise nearly every kind
+            wrong = " ".join(str(error.args[0] if error.args else error).split())
+    sys.exit(refuse(wrong))
+
+
+def explain(argv: list[str]) -> str | None:
+    """What is wrong with the experiment file or a --config.KEY, in one sentence; None: nothing."""
+    from dinojax import config as configs
+
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    given = [b if a == "--config" else a[9:] for a, b in pairs if re.match(r"--config(=|$)", a)]
+    if not given:
+        return None  # main says so
+    file, _, variant = given[-1].partition(":")
+    try:
+        known = configs.flatten(configs.load_file(file, variant or None))
+    except Exception as error:  # whatever the experiment file itself does
+        reason = str(error) or type(error).__name__
+        return reason if file in reason else f"{file}: {reason}"
+    for argument in argv:
+        match = re.match(r"--config\.([^=]+)", argument)
+        if match and match[1] not in known:
+            return f"the config has no key {match[1]!r}; {configs.nearest(match[1], known)}"
+    return None
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)
