@@ -44,8 +44,9 @@ class Attention(nnx.Module):
         if self.mask_k_bias:
             bias = bias * jnp.repeat(jnp.array([1.0, 0.0, 1.0]), d)
         qkv = dot(x, self.qkv.kernel[...], bias)
-        qkv = qkv.reshape(n, t, 3, self.heads, d // self.heads)  # [n, t, 3d] -> [n, t, 3, h, e]
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        # A split has a concatenation as its derivative, three slices would pad and add.
+        split = (n, t, self.heads, d // self.heads)  # [n, t, 3d] -> 3 x [n, t, h, e]
+        q, k, v = (part.reshape(split) for part in jnp.split(qkv, 3, axis=-1))
         if rope is not None:
             q, k = rope_lib.apply(q, rope), rope_lib.apply(k, rope)
         y = attention(q, k, v, valid=valid, implementation=self.implementation)

@@ -32,13 +32,16 @@ def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
-    g = g.astype(x.dtype)
-    rows = tuple(range(x.ndim - 1))
-    dx = jax.lax.dot_general(
-        g, w.astype(x.dtype), (((g.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    dw = jax.lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dw.astype(w.dtype)
+    # [*n, d] -> [rows, d]: contracted over several axes, XLA on CPU first transposes x, twice.
+    rows, g = x.reshape(-1, x.shape[-1]), g.astype(x.dtype).reshape(-1, g.shape[-1])
+    dx = _contract(g, w.astype(x.dtype), 1).astype(x.dtype)
+    return dx.reshape(x.shape), _contract(rows, g, 0).astype(w.dtype)
+
+
+def _contract(a: Array, b: Array, axis: int) -> Array:
+    """Product of two matrices over the same axis of both, in float32."""
+    numbers = (((axis,), (axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
 product.defvjp(_product_forward, _product_backward)

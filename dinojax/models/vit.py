@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from dinojax.layers import rope
+from dinojax.kernels import attention
+from dinojax.layers import linear, rope
 from dinojax.layers.block import Block, draw_kept, kept_count
 from dinojax.layers.norm import make_norm
 from dinojax.layers.patch_embed import PatchEmbed, fit
@@ -21,12 +22,13 @@ from dinojax.models.functional import Features, Network, functional, stack
 # Consumers of a group's key.
 ATTENTION, FFN, ROPE = range(3)
 
+SAVED_DOTS = (linear.SAVED, attention.WEIGHTS, attention.MIXED)
 # What the backward pass of a block keeps instead of computing it again; None = everything.
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names("linear", "scores", "attention"),
-    "dots_no_batch": jax.checkpoint_policies.save_only_these_names("linear"),
+    "dots": jax.checkpoint_policies.save_only_these_names(*SAVED_DOTS),
+    "dots_no_batch": jax.checkpoint_policies.save_only_these_names(linear.SAVED),
 }
 
 
