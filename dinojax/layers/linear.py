@@ -5,13 +5,16 @@ runs at 1.1-1.9 TFLOP/s, one that asks for bf16 at 0.28, a float32 one at 0.3, a
 that autodiff writes mix float32 with bf16 and land on the slow path.
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-# Name under which outputs are known to rematerialisation policies (models/remat in vit.py).
+# Name under which outputs are known to rematerialisation policies (models/vit.py: REMAT).
 SAVED = "linear"
 
 
@@ -35,13 +38,31 @@ def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Arra
     # [*n, d] -> [rows, d]: contracted over several axes, XLA on CPU first transposes x, twice.
     rows, g = x.reshape(-1, x.shape[-1]), g.astype(x.dtype).reshape(-1, g.shape[-1])
     dx = _contract(g, w.astype(x.dtype), 1).astype(x.dtype)
-    return dx.reshape(x.shape), _contract(rows, g, 0).astype(w.dtype)
+    by_rows = partial(_contract, axis=0)
+    dw = jax.lax.platform_dependent(rows, g, cpu=_contract_rows_on_cpu, default=by_rows)
+    return dx.reshape(x.shape), dw.astype(w.dtype)
 
 
 def _contract(a: Array, b: Array, axis: int) -> Array:
     """Product of two matrices over the same axis of both, in float32."""
     numbers = (((axis,), (axis,)), ((), ()))
     return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
+
+
+def _contract_rows_on_cpu(a: Array, b: Array) -> Array:
+    """aᵀ b; in bf16 through a product with the identity, which transposes exactly.
+
+    XLA on CPU has fast bf16 kernels for products over the last axis of `a` only, and folds a
+    written transposition back into the other kind: [985, 384]ᵀ [985, 1536] took 9.3 ms, so 2.8.
+    """
+    n, d = a.shape
+    block = d if d <= 128 else math.gcd(d, 128)
+    if a.dtype != jnp.bfloat16 or block < 16:
+        return _contract(a, b, 0)
+    blocks = a.reshape(n, d // block, block).swapaxes(0, 1)
+    eye = jnp.eye(block, dtype=a.dtype)
+    across = jnp.einsum("xy,jny->jxn", eye, blocks, preferred_element_type=jnp.float32)
+    return jnp.dot(across.reshape(d, n).astype(a.dtype), b, preferred_element_type=jnp.float32)
 
 
 product.defvjp(_product_forward, _product_backward)
