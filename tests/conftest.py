@@ -20,6 +20,7 @@ from jaxtyping import install_import_hook
 
 # Before any backend starts: jax fixes the number of devices when it first looks for them.
 jax.config.update("jax_platforms", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt8
 
+from dinojax import sharding
 from dinojax.eval.common import FeaturesFn, Images, extract
 
 TEMPERATURE = 0.07
@@ -98,19 +99,27 @@ def knn_scores(
     chunks = -(-size // rows)
     padded = np.zeros((chunks * rows, dim), np.float32)
     padded[:size] = bank
-    # device_put is explicit, as the trainer's transfer guard wants it.
-    bank_on_device = jax.device_put(padded.reshape(chunks, rows, dim))
-    count, first = jax.device_put(np.int32(size)), int(skip_first)
+    bank_there, count = _place(padded.reshape(chunks, rows, dim)), _place(np.int32(size))
+    first = int(skip_first)
     classes, scores = int(bank_labels.max()) + 1, []
     for start in range(0, len(queries), _QUERY_CHUNK):
         part = queries[start : start + _QUERY_CHUNK]
         block = np.zeros((min(_QUERY_CHUNK, len(queries)), dim), np.float32)
         block[: len(part)] = part
-        found = nearest(jax.device_put(block), bank_on_device, count, ks[-1] + first)
+        found = nearest(_place(block), bank_there, count, ks[-1] + first)
         similarity, index = jax.device_get(found)
         similarity, index = similarity[: len(part), first:], index[: len(part), first:]
         scores.append(vote(similarity, bank_labels[index], ks, classes, temperature))
     return dict(zip(ks, np.concatenate(scores, axis=1)))
+
+
+def _place(x: Any) -> jax.Array:
+    """Onto the devices, whole on each one of the run's mesh where there is one.
+
+    Explicitly: the trainer's transfer guard stops everything implicit.
+    """
+    mesh = jax.sharding.get_mesh()
+    return jax.device_put(x, None if mesh.empty else sharding.replicated(mesh))
 
 
 def accuracy(

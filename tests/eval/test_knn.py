@@ -1,8 +1,10 @@
 """k-NN against a plain float64 version, its invariants, and its floors."""
 
+import jax
 import numpy as np
 import pytest
 
+from dinojax import sharding
 from dinojax.eval import knn
 
 
@@ -41,6 +43,14 @@ def test_scores_equal_the_plain_version(problem, monkeypatch, bank_chunk, query_
     for k, table in scores.items():
         expected = reference(bank, labels, queries, k, 0.07, 6, kmax=20)
         np.testing.assert_allclose(table, expected, atol=2e-6)
+
+
+def test_under_the_mesh_and_the_transfer_guard_of_a_run(problem):
+    bank, labels, queries, _ = problem
+    expected = knn.knn_scores(bank, labels, queries)[20]
+    with jax.set_mesh(sharding.make_mesh(2, -1, 1)), jax.transfer_guard("disallow"):
+        found = knn.knn_scores(bank, labels, queries)[20]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
 def test_scale_of_the_features_does_not_matter(problem):
