@@ -239,12 +239,14 @@ def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
     return result
 
 
-def replace_section(section: ConfigDict, values: Mapping[str, Any], where: str) -> None:
+def replace_section(
+    section: ConfigDict, values: Mapping[str, Any] | ConfigDict, where: str
+) -> None:
     """Set `values` in `section`; schedules are replaced whole, since their kinds differ in keys."""
     for key, value in values.items():
         if key not in section:
             raise ValueError(f"{where} has no key {key!r}; {nearest(key, section)}")
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping | ConfigDict):
             with section.ignore_type():
                 section[key] = ConfigDict(dict(value))
         else:
@@ -260,6 +262,8 @@ def nearest(key: str, known: Any) -> str:
 def resolve(config: ConfigDict) -> ConfigDict:
     """A frozen-shape copy in which every phase states its own batch, group and KoLeo group."""
     config = config.copy_and_resolve_references()
+    # A tuple is not copied with the tree that holds it.
+    config.phases = tuple(phase.copy_and_resolve_references() for phase in config.phases)
     for phase in config.phases:
         phase.batch_size = config.batch_size if phase.batch_size is None else phase.batch_size
         phase.group = config.group if phase.group is None else phase.group
@@ -287,7 +291,7 @@ def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The whole tree as JSON text; `from_json` reads it back."""
+    """The whole tree as JSON text."""
 
     def plain(node: Any) -> Any:
         if isinstance(node, ConfigDict):
@@ -365,22 +369,53 @@ def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
             f"{where}: batch_size {batch} is not a multiple of group x microbatches = "
             f"{group} x {pieces}; nearest: batch_size={near}"
         )
-    neighbours = phase.losses.koleo_group
-    if phase.losses.koleo and (neighbours < 2 or neighbours % group or batch % neighbours):
-        raise ValueError(
-            f"{where}: losses.koleo_group is {neighbours}; it must hold at least 2 images, be a "
-            f"multiple of the group ({group}) and divide the batch ({batch}); nearest: {batch}"
-        )
-    if phase.losses.koleo and (batch // pieces) % neighbours:
-        raise ValueError(
-            f"{where}: a micro-batch of {batch // pieces} images does not hold whole KoLeo groups "
-            f"of {neighbours}; use losses.koleo_group={group} or microbatches=1"
-        )
+    if phase.losses.koleo:
+        _validate_koleo(phase, batch // pieces, where)
     _validate_crops(config, phase, where)
+    _validate_masks(config, phase, where)
     _validate_losses(phase, where)
     for key, schedule in phase.schedules.items():
         if isinstance(schedule, ConfigDict):
             _validate_schedule(schedule, f"{where}: schedules.{key}")
+    if phase.schedules.lr.kind == "v1_linear":
+        raise ValueError(f"{where}: schedules.lr.kind is 'v1_linear'; expected 'v2' or 'v1'")
+
+
+def _validate_koleo(phase: ConfigDict, piece: int, where: str) -> None:
+    """Neighbours are searched inside a micro-batch, in whole groups."""
+    neighbours, group, topk = phase.losses.koleo_group, phase.group, phase.losses.koleo_topk
+    fitting = [n for n in range(group, piece + 1, group) if n > 1 and piece % n == 0]
+    if neighbours not in fitting:
+        near = min(fitting, key=lambda n: abs(n - neighbours), default="none, losses.koleo=0")
+        raise ValueError(
+            f"{where}: losses.koleo_group is {neighbours}; it must hold at least 2 images, be a "
+            f"multiple of the group ({group}) and divide a micro-batch ({piece} images); "
+            f"nearest: {near}"
+        )
+    if not 1 <= topk < neighbours:
+        raise ValueError(
+            f"{where}: losses.koleo_topk is {topk}; expected 1 to {neighbours - 1}, the other "
+            "images of a KoLeo group"
+        )
+
+
+def _validate_masks(config: ConfigDict, phase: ConfigDict, where: str) -> None:
+    """The exact counts of spec 4 must leave iBOT something to predict."""
+    chance, (low, high) = phase.masks.probability, phase.masks.ratio
+    if not 0 <= chance <= 1 or not 0 <= low <= high <= 1:
+        raise ValueError(
+            f"{where}: masks.probability is {chance} and masks.ratio {(low, high)}; expected "
+            "0 <= probability <= 1 and 0 <= low <= high <= 1"
+        )
+    if not phase.losses.ibot:
+        return
+    patch = config.model.patch_size
+    patches = min((size // patch) ** 2 for size, _, _ in phase.crops.sizes)
+    if int(2 * phase.group * chance) < 1 or int(patches * high) < 1:
+        raise ValueError(
+            f"{where}: no patch is masked with masks.probability {chance} of {2 * phase.group} "
+            f"crops and masks.ratio up to {high} of {patches} patches; losses.ibot needs one"
+        )
 
 
 def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
@@ -396,7 +431,7 @@ def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
         if len(triple) != 3:
             raise ValueError(f"{where}: crop sizes {triple} must be (global, local, gram)")
         for kind, size in zip(("global", "local", "gram"), triple, strict=True):
-            if (kind == "gram" and size == 0) or (kind == "local" and crops.locals == 0):
+            if kind == "gram" and size == 0:
                 continue
             # Policy "floor" cuts what is left over a multiple, as the published high-resolution
             # crops of 168 pixels need; the other policies would change the grid under the masks.
@@ -421,8 +456,8 @@ def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
                 f"{where}: the gram crop of {triple[2]} pixels is smaller than the global crop of "
                 f"{triple[0]}; nearest: {triple[0]}"
             )
-    if phase.losses.dino and crops.locals < 1 and not phase.losses.ibot:
-        raise ValueError(f"{where}: crops.locals is 0; expected at least 1")
+    if crops.locals < 1:
+        raise ValueError(f"{where}: crops.locals is {crops.locals}; expected at least 1")
     for key in ("global_scale", "local_scale"):
         low, high = crops[key]
         if not 0 < low <= high <= 1:
@@ -473,14 +508,17 @@ def _validate_snapshot(config: ConfigDict, phase: ConfigDict, first: int) -> Non
 
 def _validate_schedule(schedule: ConfigDict, where: str) -> None:
     forms = {"v2": v2(0, 0, 0, 0), "v1": v1(0, 0, 0, 0), "v1_linear": v1_linear(0, 0, 0)}
-    if schedule.kind not in forms:
-        raise ValueError(f"{where}: kind is {schedule.kind!r}; {nearest(schedule.kind, forms)}")
+    kind = str(schedule.get("kind", "missing"))
+    if kind not in forms:
+        raise ValueError(f"{where}: kind is {kind!r}; {nearest(kind, forms)}")
     for key in schedule:
-        if key not in forms[schedule.kind]:
+        if key not in forms[kind]:
             raise ValueError(
-                f"{where}: a {schedule.kind} schedule has no key {key!r}; "
-                f"{nearest(key, forms[schedule.kind])}"
+                f"{where}: a {kind} schedule has no key {key!r}; {nearest(key, forms[kind])}"
             )
+    missing = sorted(set(forms[kind]) - set(schedule) - {"cosine", "trunc_extra"})
+    if missing:
+        raise ValueError(f"{where}: a {kind} schedule needs {', '.join(missing)}")
 
 
 def load_file(path: str, argument: str | None = None) -> ConfigDict:
