@@ -116,10 +116,18 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def constrain_batch(tree: Any) -> Any:
-    """Keep the leading axis of every array split over (data, fsdp) inside a jitted step."""
+    """Keep the leading axis of every array split over (data, fsdp) inside a jitted step.
+
+    The other axes stay free, for the tensor axis. Without a mesh nothing happens.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return tree
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, BATCH), tree)
+
+    def one(x: jax.Array) -> jax.Array:
+        free = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, *free))
+
+    return jax.tree.map(one, tree)
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
