@@ -62,6 +62,7 @@ def base() -> ConfigDict:
             "attention": "auto",  # auto | xla | cudnn | splash
         }
     )
+    config.init = "fixed"  # fixed: N(0, 0.02^2) as the reference; fan_in: N(0, 1 / inputs)
     head = {"prototypes": 65536, "bottleneck": 256, "hidden": 2048, "layers": 3}
     config.dino_head = ConfigDict(dict(head))
     config.ibot_head = ConfigDict(dict(head))
@@ -348,6 +349,8 @@ def validate(config: ConfigDict) -> None:
             f"config.data.mean has {len(config.data.mean)} values for "
             f"{config.model.in_channels} channels (config.model.in_channels)"
         )
+    if config.init not in ("fixed", "fan_in"):
+        raise ValueError(f"config.init is {config.init!r}; known: 'fixed', 'fan_in'")
     first = 0
     for phase_config in config.phases:
         _validate_phase(config, phase_config)
