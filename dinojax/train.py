@@ -30,6 +30,7 @@ from dinojax.training import checkpoint, health, optim, phases, profiling, write
 from dinojax.training import state as states
 
 TRY_AGAIN = 75  # exit code after a save on SIGTERM (EX_TEMPFAIL)
+OWN_STARTS = ("previous", "previous_teacher", "scratch")  # of a phase; all else names weights
 
 
 class Run(NamedTuple):
@@ -53,7 +54,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
     config = configs.resolve(config)
     configs.validate(config)
     workdir = pathlib.Path(workdir)
-    check_same_run(config, workdir)
+    begun = check_same_run(config, workdir)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.batch_shards(mesh)
     for phase in config.phases:
@@ -80,22 +81,48 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
             batch=config.eval.batch,
         )
         evaluator.bank.labels(), evaluator.queries.labels()  # raise now where there are none
+    if not begun:
+        check_starts(config)
+        make_workdir(workdir)  # last: a command that is refused leaves nothing behind
     features = jax.jit(feature_function(config, networks))
     return Run(config, workdir, mesh, networks, source, evaluator, features)
 
 
-def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """A run directory belongs to one config: refuse to mix two, and to write where one cannot."""
+def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether a run has begun here; a run directory belongs to one config, so refuse another."""
     saved = workdir / "config.json"
-    if saved.exists():
-        known = json.loads(saved.read_text())["flat"]
-        changed = configs.continues(known, config)
-        if changed:
-            raise ValueError(
-                f"{workdir} holds a run of another config ({len(changed)} keys differ; "
-                f"{'; '.join(changed[:3])}); continue with its own values or give a new --workdir"
-            )
-        return
+    if not saved.exists():
+        return False
+    known = json.loads(saved.read_text())["flat"]
+    changed = configs.continues(known, config)
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run of another config ({len(changed)} keys differ; "
+            f"{'; '.join(changed[:3])}); continue with its own values or give a new --workdir"
+        )
+    return True
+
+
+def check_starts(config: ConfigDict) -> None:
+    """The weights that phases will start from must be there now, not after days of training."""
+    for phase in config.phases:
+        given = [] if phase.start in OWN_STARTS else [("start", phase.start)]
+        if phase.gram.teacher == "snapshot" and not own_snapshot(phase.gram.source):
+            given.append(("gram.source", phase.gram.source))
+        for key, source in given:
+            try:
+                weights.read(source, part="backbone/norm")  # a small part of it
+            except (ValueError, checkpoint.CheckpointError) as error:
+                raise ValueError(f"phase {phase.name!r}: {key}: {error}") from None
+
+
+def own_snapshot(source: str) -> bool:
+    """Whether a Gram teacher comes from the run itself."""
+    return source == "start" or source.startswith("step:")
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Refuse a place where nothing can be written."""
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"--workdir {workdir} is a file; give a directory")
     try:
@@ -380,10 +407,10 @@ def begin_phase(
         fresh = states.create(config, run.networks, phase, run.mesh)
         if phase.start == "previous_teacher" and state is not None:
             loaded = state["teacher"]
-        elif phase.start in ("previous", "previous_teacher", "scratch"):
+        elif phase.start in OWN_STARTS:
             loaded = fresh["student"]
         else:
-            loaded = weights.load_params(phase.start, like=fresh["student"])
+            loaded = load_weights(phase.start, fresh["student"])
         both = {"student": states.copy(loaded), "teacher": states.copy(loaded)}
         state = {**fresh, **both, "step": sharding.to_counter(span.first, run.mesh)}
     if phase.gram.teacher == "snapshot":
@@ -395,9 +422,17 @@ def begin_phase(
             teacher = saves.restore_item(int(source[5:]), "teacher", state["teacher"])
             gram = teacher["backbone"]
         else:
-            gram = weights.load_params(source, like={"backbone": like})["backbone"]
+            gram = load_weights(source, {"backbone": like})["backbone"]
         state = {**state, "gram": gram}
     return state
+
+
+def load_weights(source: str, like: states.Params) -> states.Params:
+    """Weights of elsewhere, placed like `like`; where they do not fit, the run ends in words."""
+    try:
+        return weights.load_params(source, like=like)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(str(error)) from error
 
 
 def save(
