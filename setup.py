@@ -22,7 +22,7 @@ setup(
         "matplotlib>=3.9,<4",
         "ml-collections>=1.0,<2",
         "numpy>=2.0,<3",
-        "opencv-python-headless>=4.10,<6",
+        "opencv-python-headless>=4.11,<6",
         "optax>=0.2.5,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11,<14",

@@ -18,6 +18,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
+# XLA runs independent collectives of the pretend devices on one pool, each blocking a thread: on a
+# mesh of several axes and two cores they wait for each other for ever. This is the pool's size.
+os.environ.setdefault("NPROC", "64")
+
 # Before any backend starts: jax fixes the number of devices when it first looks for them.
 jax.config.update("jax_platforms", "cpu")
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start

@@ -4,7 +4,6 @@ One object holds everything, so that a compilation is paid for once in a session
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,11 +18,6 @@ from dinojax.data import photometric
 from dinojax.models import heads, vit
 from dinojax.objectives import microbatch, ssl
 from dinojax.sharding import constrain_batch
-
-# XLA runs independent collectives of the eight devices on one pool with a thread per device, each
-# blocking its thread: on a mesh of several axes they wait for each other for ever (seen on two
-# cores). The pool's size comes from this variable when the backend starts.
-os.environ.setdefault("NPROC", "64")
 
 GROUP, GROUPS, LOCALS, PATCH, WIDTH, PROTOTYPES = 2, 8, 2, 8, 32, 24
 SIDES = {"global": (2, 32), "local": (LOCALS, 16), "gram": (2, 64)}  # views, pixels
