@@ -114,7 +114,9 @@ def base() -> ConfigDict:
     config.eval = ConfigDict(
         {
             "every": 0,  # steps between evaluations; 0 = at the end of each phase only
-            "knn_train": "",  # labelled source of the bank; "" = no k-NN
+            # Labelled sources of bank and queries; "" = no k-NN; options alone ("split=val") name
+            # another part of data.source.
+            "knn_train": "",
             "knn_val": "",
             "knn_k": 20,
             "size": 224,  # image side for features

@@ -19,6 +19,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from safetensors import SafetensorError
 
 from dinojax import backbone as weights
 from dinojax import config as configs
@@ -74,8 +75,8 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
     evaluator = None
     if config.eval.knn_train:
         evaluator = knn.Evaluator(
-            config.eval.knn_train,
-            config.eval.knn_val,
+            sources.related(config.eval.knn_train, config.data.source),
+            sources.related(config.eval.knn_val, config.data.source),
             size=config.eval.size,
             k=(config.eval.knn_k,),
             batch=config.eval.batch,
@@ -467,7 +468,10 @@ def write_weights(run: Run, state: states.State, step: int) -> None:
     """`weights/teacher.safetensors`: what `dinojax.load` and other runs start from."""
     config = json.loads(configs.to_json(run.config))
     target = run.workdir / "weights" / "teacher.safetensors"
-    weights.save_weights(target, state["teacher"], config, step)
+    try:
+        weights.save_weights(target, state["teacher"], config, step)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"{target} could not be written: {error}") from None
 
 
 # ---- looking at it ------------------------------------------------------------------------------

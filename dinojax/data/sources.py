@@ -71,6 +71,15 @@ def open_source(spec: str) -> Source:
     return opener(where, options)
 
 
+def related(spec: str, base: str) -> str:
+    """`spec`; if it holds options alone (`split=val`), `base` with these instead of its own."""
+    if ":" in spec or "=" not in spec:
+        return spec
+    where, _, query = base.partition("?")
+    options = dict(parse_qsl(query)) | dict(parse_qsl(spec.lstrip("?")))
+    return f"{where}?{'&'.join(f'{name}={value}' for name, value in options.items())}"
+
+
 def decode(data: bytes | pa.Buffer, name: str) -> UInt8[np.ndarray, "i j c"]:
     """Encoded bytes -> RGB pixels, upright by EXIF; grey, palette, CMYK and alpha are converted.
 

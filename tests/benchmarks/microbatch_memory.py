@@ -55,8 +55,7 @@ def main(_: list[str]) -> None:
         networks = states.build_networks(config)
         state = states.abstract(config, networks, phase, mesh)
         scalars = {
-            name: jax.ShapeDtypeStruct((), jnp.float32)
-            for name in phases.scalars(config, phase, 0)
+            name: jax.ShapeDtypeStruct((), jnp.float32) for name in phases.scalars(config, phase, 0)
         }
         step = train.make_step(config, networks, phase, mesh)
         began = time.perf_counter()

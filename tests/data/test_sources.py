@@ -216,3 +216,11 @@ def test_one_sentence_says_what_is_wrong(tmp_path, shards, spec, words):
     with pytest.raises(ValueError, match=words) as caught:
         open_source(spec.format(dir=tmp_path, shards=shards))
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def test_related_sources_share_their_place():
+    base = "parquet:a.parquet?split=train&image=pixels"
+    assert sources.related("split=val", base) == "parquet:a.parquet?split=val&image=pixels"
+    assert sources.related("split=val", "scenes:100") == "scenes:100?split=val"
+    assert sources.related("folder:/x", base) == "folder:/x"
+    assert sources.related("scenes", base) == "scenes"
