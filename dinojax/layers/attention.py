@@ -4,9 +4,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from dinojax.kernels.attention import attention
+from dinojax.kernels.attention import CHOICES, MIXED, WEIGHTS, attention
 from dinojax.layers import rope as rope_lib
 from dinojax.layers.linear import Linear, dot
+
+IMPLEMENTATIONS = CHOICES  # of the product with the values, see kernels/attention.py
+SAVED = (WEIGHTS, MIXED)  # names under which rematerialisation policies know its parts
 
 
 class Attention(nnx.Module):

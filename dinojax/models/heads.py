@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from dinojax.layers.ffn import gelu
 from dinojax.layers.linear import Linear, product
+from dinojax.models import variants
 from dinojax.models.functional import Network, functional
 
 DEFAULTS = {"prototypes": 65536, "bottleneck": 256, "hidden": 2048, "layers": 3}
@@ -18,9 +19,7 @@ DEFAULTS = {"prototypes": 65536, "bottleneck": 256, "hidden": 2048, "layers": 3}
 
 def build(config: Mapping[str, Any], in_dim: int, dtype: DTypeLike) -> Network:
     """A head from the keys `prototypes`, `bottleneck`, `hidden` and `layers`."""
-    unknown = sorted(set(config) - set(DEFAULTS))
-    if unknown:
-        raise ValueError(f"head key {unknown[0]!r} is unknown; expected {', '.join(DEFAULTS)}")
+    variants.check_keys("head", config, DEFAULTS)
     sizes = DEFAULTS | dict(config)
     return functional(lambda rngs: Head(in_dim, **sizes, dtype=dtype, rngs=rngs))
 

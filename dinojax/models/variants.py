@@ -1,5 +1,7 @@
 """Sizes by name: the ViTs of spec 1.1 and the ConvNeXts of spec 1.6."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 # width, depth, heads, feed-forward, ratio; for the hidden width see layers/ffn.py: hidden_width.
@@ -26,6 +28,15 @@ CONVNEXT: dict[str, dict[str, tuple[int, ...]]] = {
     "base": {"depths": (3, 3, 27, 3), "dims": (128, 256, 512, 1024)},
     "large": {"depths": (3, 3, 27, 3), "dims": (192, 384, 768, 1536)},
 }
+
+
+def check_keys(section: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """A sentence for the first key of a config section that is not known."""
+    known = sorted(known)
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise ValueError(f"{section} key {key!r} is unknown; the nearest is {nearest!r}")
 
 
 def lookup(table: dict[str, dict[str, Any]], variant: str) -> dict[str, Any]:

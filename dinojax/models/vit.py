@@ -11,8 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from dinojax.kernels import attention
-from dinojax.layers import linear, rope
+from dinojax.layers import attention, linear, rope
 from dinojax.layers.block import Block, draw_kept, kept_count
 from dinojax.layers.ffn import ALIGNMENT
 from dinojax.layers.norm import EPSILON, make_norm
@@ -23,7 +22,7 @@ from dinojax.models.functional import Features, Network, functional, stack
 # Consumers of a group's key.
 ATTENTION, FFN, ROPE = range(3)
 
-SAVED_DOTS = (linear.SAVED, attention.WEIGHTS, attention.MIXED)
+SAVED_DOTS = (linear.SAVED, *attention.SAVED)
 # What the backward pass of a block keeps instead of computing it again: everything; nothing but the
 # block's input; results of products; results of products with weights.
 REMAT = {
@@ -41,7 +40,7 @@ CHOICES = {
     "size_policy": ("floor", "resize", "pad"),
     "dtype": ("float32", "bfloat16"),
     "remat": tuple(REMAT),
-    "attention": attention.CHOICES,
+    "attention": attention.IMPLEMENTATIONS,
 }
 
 
@@ -93,10 +92,7 @@ class ViTConfig:
 
 def resolve(config: Mapping[str, Any]) -> ViTConfig:
     """A complete ViTConfig: the variant's sizes unless given, everything checked."""
-    known = {field.name for field in fields(ViTConfig)}
-    unknown = sorted(set(config) - known)
-    if unknown:
-        raise ValueError(f"model key {unknown[0]!r} is unknown; expected one of {sorted(known)}")
+    variants.check_keys("model", config, (field.name for field in fields(ViTConfig)))
     result = ViTConfig(**config)
     sizes = variants.lookup(variants.VIT, result.variant)
     result = replace(result, **{k: v for k, v in sizes.items() if getattr(result, k) is None})
@@ -108,9 +104,16 @@ def resolve(config: Mapping[str, Any]) -> ViTConfig:
         if getattr(result, name) not in choices:
             found = getattr(result, name)
             raise ValueError(f"{name} is {found!r}; expected one of {', '.join(choices)}")
+    jax.eval_shape(lambda: periods(result))  # raises unless exactly one of their forms is given
     if not 0 <= result.drop_path < 1:
         raise ValueError(f"drop_path is {result.drop_path}; expected 0 <= drop_path < 1")
     return result
+
+
+def periods(config: ViTConfig) -> Float[Array, " q"]:
+    """RoPE periods of one head (spec 1.4)."""
+    ends = (config.rope_base or None, config.rope_min_period, config.rope_max_period)
+    return rope.make_periods(config.width // config.heads, *ends, bf16=config.rope_bf16_periods)
 
 
 def build(config: Mapping[str, Any]) -> Network:
@@ -204,8 +207,6 @@ class ViT(nnx.Module):
     def _rope(self, place: Place, keys: Array | None) -> rope.Tables:
         """Tables for all tokens of an entry: one per group if augmented, else one for all rows."""
         c = self.config
-        ends = (c.rope_base or None, c.rope_min_period, c.rope_max_period)
-        periods = rope.make_periods(c.width // c.heads, *ends, bf16=c.rope_bf16_periods)
         coords = rope.coordinates(place.height, place.width, c.rope_normalize)
         if keys is None:
             coords = coords[None]
@@ -213,7 +214,7 @@ class ViT(nnx.Module):
             ranges = (c.rope_shift, c.rope_jitter, c.rope_rescale)
             draw = jax.vmap(lambda k: rope.draw(*ranges, key=jax.random.fold_in(k, ROPE)))
             coords = rope.augment(coords, draw(keys))
-        return rope.with_prefix(rope.tables(coords, periods), place.prefix)
+        return rope.with_prefix(rope.tables(coords, periods(c)), place.prefix)
 
     def _kept(self, rows: int, keys: Array) -> tuple[Array, Array] | None:
         """Rows [g, k] that keep the attention and the feed-forward branch; None: all."""
