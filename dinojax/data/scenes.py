@@ -11,7 +11,7 @@ around it say nothing about the label. (Measured at 64 pixels, k-NN with 2,000 s
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, SupportsIndex
 
@@ -33,7 +33,7 @@ from dinojax.data.scene_parts import (
 
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{texture} {shape}" for shape, texture in KINDS)
-DEFAULTS = {"size": "64", "split": "train", "seed": "0"}
+DEFAULTS = {"size": "64", "split": "train", "seed": "0", "grey": "0"}
 Colour = tuple[float, float, float]
 
 
@@ -277,12 +277,13 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
 
 @dataclass(frozen=True)
 class SceneSource:
-    """`count` scenes as a data source; holds three numbers, so it costs nothing to send around."""
+    """`count` scenes as a data source; holds a few numbers, so it costs nothing to send around."""
 
     count: int
     size: int
     stream: int
     split: str
+    grey: bool = False
 
     classes = CLASSES
 
@@ -296,7 +297,11 @@ class SceneSource:
         return number
 
     def scene(self, index: SupportsIndex) -> Scene:
-        return render(self.stream, self._checked(index), self.size)
+        scene = render(self.stream, self._checked(index), self.size)
+        if not self.grey:
+            return scene
+        luma = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
+        return replace(scene, image=np.repeat(luma[..., None], 3, axis=-1))
 
     def image(self, index: SupportsIndex) -> UInt8[np.ndarray, "i j 3"]:
         return self.scene(index).image
@@ -324,7 +329,11 @@ def _whole_number(options: Mapping[str, str], key: str, least: int) -> int:
 
 
 def open_scenes(count: int = 10_000, options: Mapping[str, str] | None = None) -> SceneSource:
-    """A source of `count` scenes; options as text: size (64), split (train, val, test), seed."""
+    """A source of `count` scenes; options as text.
+
+    size (64), split (train, val, test), seed (0), grey (0; 1 takes the colours away, which say
+    nothing about the label).
+    """
     unknown = set(options or {}) - set(DEFAULTS)
     if unknown:
         raise ValueError(f"scenes: unknown option {min(unknown)!r}; there are {sorted(DEFAULTS)}.")
@@ -335,4 +344,5 @@ def open_scenes(count: int = 10_000, options: Mapping[str, str] | None = None) -
         raise ValueError(f"scenes: split={chosen['split']!r} should be one of {SPLITS}.")
     seed = _whole_number(chosen, "seed", 0)
     stream = seed * len(SPLITS) + SPLITS.index(chosen["split"])
-    return SceneSource(count, _whole_number(chosen, "size", 16), stream, chosen["split"])
+    grey = _whole_number(chosen, "grey", 0) > 0
+    return SceneSource(count, _whole_number(chosen, "size", 16), stream, chosen["split"], grey)

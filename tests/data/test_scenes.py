@@ -231,3 +231,11 @@ def _orientations(images, cell=8, bins=9):
     cells = np.stack(per_bin, -1).reshape(n, side // cell, cell, side // cell, cell, bins)
     summed = cells.sum((2, 4))
     return (summed / (np.linalg.norm(summed, axis=-1, keepdims=True) + 1)).reshape(n, -1)
+
+
+def test_grey_scenes_are_the_luma_of_the_same_scenes():
+    colour = scenes.open_scenes(4).image(3)
+    grey = scenes.open_scenes(4, {"grey": "1"}).image(3)
+    assert (grey == grey[..., :1]).all()
+    luma = colour.astype(np.float64) @ [0.299, 0.587, 0.114]
+    assert np.abs(grey[..., 0] - luma).max() <= 1
