@@ -1,4 +1,4 @@
-"""What cannot work ends in one sentence before work starts, with exit code 2 and nothing written."""
+"""What cannot work ends in one sentence before work starts: exit code 2, nothing written."""
 
 import io
 import json
@@ -109,7 +109,8 @@ def test_values_that_cannot_work(launch, tools, tmp_path, argument, words):
     refused(launch(tools.command(tmp_path / "run", argument)), tmp_path / "run", *words)
 
 
-def test_experiment_files(launch, tools, tmp_path):
+def test_experiment_files(launch, tools, tmp_path, monkeypatch):
+    monkeypatch.chdir(tools.ROOT)
     workdir = tmp_path / "run"
     missing = launch(tools.command(workdir, config="experiments/gram_vitll.py"))
     refused(missing, workdir, "no experiment file", "gram_vitl.py")
