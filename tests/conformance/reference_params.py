@@ -138,6 +138,19 @@ def vit_config(settings: Mapping[str, Any]) -> dict[str, Any]:
     return config | {"rope_bf16_periods": settings.get("pos_embed_rope_dtype", "bf16") == "bf16"}
 
 
+def convnext_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Our `model` section from the constructor settings of the reference's ConvNeXt."""
+    names = {
+        "depths": "depths",
+        "dims": "dims",
+        "patch_size": "patch_size",
+        "in_chans": "in_channels",
+        "layer_scale_init_value": "layerscale",
+        "drop_path_rate": "drop_path",
+    }
+    return {names[k]: v for k, v in settings.items()}
+
+
 def to_reference(tree: Tree) -> dict[str, np.ndarray]:
     """{reference name: array in its layout} of one network's parameters or gradients."""
     nlayers = sum(key.startswith("fc") for key in tree)

@@ -19,17 +19,8 @@ CLOSE = {"atol": 3e-5, "rtol": 3e-4}
 
 
 def model(case: vectors.Case) -> tuple:
-    names = {
-        "depths": "depths",
-        "dims": "dims",
-        "patch_size": "patch_size",
-        "in_chans": "in_channels",
-        "layer_scale_init_value": "layerscale",
-        "drop_path_rate": "drop_path",
-    }
-    config = {names[k]: v for k, v in case.meta["params"].items()}
-    network = convnext.build(config)
-    return network, reference.backbone_params(case.group("params"), config | {"name": "convnext"})
+    config = reference.convnext_config(case.meta["params"])
+    return convnext.build(config), reference.backbone_params(case.group("params"), config)
 
 
 def images(case: vectors.Case, name: str) -> jax.Array:

@@ -16,7 +16,7 @@ def network_of(settings: dict[str, Any]) -> Network:
     if settings["kind"] == "vit":
         return vit.build(reference.vit_config(kwargs))
     if settings["kind"] == "convnext":
-        return convnext.build({k: tuple(v) for k, v in kwargs.items()})
+        return convnext.build(reference.convnext_config(kwargs))
     names = {
         "out_dim": "prototypes",
         "bottleneck_dim": "bottleneck",

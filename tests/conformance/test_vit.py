@@ -80,8 +80,7 @@ def test_intermediate_layers(case, sub):
     found = case.group(sub)
     count = 1 + max(int(name.split("/")[0]) for name in found)
     x = images(case, f"{sub.split('/')[0]}/x")
-    blocks = case.meta["params"]["depth"]
-    layers, norm = (count, True) if "/last" in sub else ((0, blocks - 1), False)
+    layers, norm = (count, True) if "/last" in sub else ((0, -1), False)
     apply = functools.partial(network.apply, layers=layers, norm=norm, method="intermediate")
     outputs = jax.jit(apply)(params, x)
     assert len(outputs) == count
@@ -117,6 +116,7 @@ def test_block_with_given_subsets(case):
     names = {"ffn_layer": "ffn", "ffn_ratio": "ffn_ratio", "norm_layer": "norm"}
     options = {ours: meta[theirs] for theirs, ours in names.items() if theirs in meta}
     options |= {k: meta[k] for k in ("mask_k_bias", "qkv_bias") if k in meta}
+    options["layerscale"] = 1.0 if "params/ls1.gamma" in case else None
     network = functional(lambda r: Block(meta["dim"], meta["num_heads"], **options, rngs=r))
     params = reference.block_params(case.group("params"), network)
     periods = rope.periods_from_base(100.0, meta["dim"] // meta["num_heads"])

@@ -38,6 +38,19 @@ def test_two_crop_sizes_in_one_pass_however_computed():
         np.testing.assert_allclose(alone.patches, both[1].patches, atol=1e-5)
 
 
+def test_depthwise_convolution_on_cpu():
+    """The sum of shifts against XLA's grouped convolution, with gradients."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, g = jax.random.normal(keys[0], (2, 2, 5, 9, 4))
+    kernel = jax.random.normal(keys[1], (7, 7, 1, 4))
+    ours, theirs = (
+        jax.vjp(f, x, kernel) for f in (convnext.shifted_sum, convnext.grouped_convolution)
+    )
+    np.testing.assert_allclose(ours[0], theirs[0], atol=1e-5)
+    for a, b in zip(ours[1](g), theirs[1](g), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
 def test_stochastic_depth():
     """Rising from 0 in the first block; whole rows lose a branch; eval keeps all."""
     keep = convnext.kept(jax.random.key(0), 0, jnp.float32(0.25), jnp.arange(2), 4000)
