@@ -45,7 +45,9 @@ def fixed_images(source: Source, count: int, size: int) -> UInt8[np.ndarray, "n 
     An unreadable one gives its place to the next readable one.
     """
     chosen: list[np.ndarray] = []
-    for start in np.arange(count) * len(source) // count:
+    # One further each time: an even stride may meet a single class of a source in class order.
+    turns = np.arange(count)
+    for start in turns * len(source) // count + turns % max(1, len(source) // count):
         for row in range(start, len(source)):
             try:
                 chosen.append(fit(source.image(row), size))
