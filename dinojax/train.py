@@ -5,6 +5,7 @@ phases. The order in which a state is found: resume this run, else what the phas
 previous phase, another run, a weights file), else scratch. Called by `launch/run.py`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -44,6 +45,7 @@ class Run(NamedTuple):
     source: sources.Source
     evaluator: knn.Evaluator | None
     features: Callable[..., Any]  # jitted: (backbone parameters, uint8 images) -> Features
+    peak: float | None  # FLOP/s of all devices
 
 
 def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
@@ -86,7 +88,9 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
         check_starts(config)
         make_workdir(workdir)  # last: a command that is refused leaves nothing behind
     features = jax.jit(feature_function(config, networks))
-    return Run(config, workdir, mesh, networks, source, evaluator, features)
+    # Measured here: on several CPU devices it must come before the mesh is set.
+    peak = profiling.peak_flops(config.model.dtype)
+    return Run(config, workdir, mesh, networks, source, evaluator, features, peak)
 
 
 def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -188,7 +192,7 @@ def train_phase(
     step_fn = make_step(config, run.networks, phase, mesh)
     batches = open_batches(run, span, step - span.first)
     work = work_per_image(config, run.networks, phase)
-    timer = profiling.StepTimer(phase.batch_size, profiling.peak_flops(config.model.dtype))
+    timer = profiling.StepTimer(phase.batch_size, run.peak)
     progress = writers.ProgressLine(phase.name, span.last)
     watch = health.NonFinite(config.max_nonfinite)
     collapse = health.CollapseWatch(config.dino_head.prototypes)
@@ -468,10 +472,18 @@ def write_weights(run: Run, state: states.State, step: int) -> None:
     """`weights/teacher.safetensors`: what `dinojax.load` and other runs start from."""
     config = json.loads(configs.to_json(run.config))
     target = run.workdir / "weights" / "teacher.safetensors"
-    try:
+    with writing(target):
         weights.save_weights(target, state["teacher"], config, step)
-    except SafetensorError as error:  # how safetensors reports a full disk
-        raise OSError(f"{target} could not be written: {error}") from None
+
+
+@contextlib.contextmanager
+def writing(target: pathlib.Path) -> Iterator[None]:
+    """Where a file cannot be written (a full disk), say which."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise OSError(f"{target} could not be written: {reason}") from error
 
 
 # ---- looking at it ------------------------------------------------------------------------------
@@ -513,7 +525,9 @@ def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, 
         seen = jax.device_get(run.features(state["teacher"]["backbone"], images).patches)
         side = run.config.eval.size // patch_stride(run.config)
         sheet = visualize.pca_sheet(images, np.asarray(seen, np.float32), (side, side))
-        visualize.save(sheet, run.workdir / "pictures" / f"pca_{step:08d}.png")
+        target = run.workdir / "pictures" / f"pca_{step:08d}.png"
+        with writing(target):
+            visualize.save(sheet, target)
         log.picture(step, "pca", sheet)
 
 

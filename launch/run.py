@@ -13,6 +13,7 @@ the config cannot work, nothing was started; 75 stopped by SIGTERM or Ctrl-C aft
 
 import re
 import sys
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     from dinojax.training import checkpoint, health
 
     logging.set_verbosity(logging.WARNING)
+    sys.unraisablehook = without_echoes
     sharding.start_distributed()
     try:
         run = train.prepare(CONFIG.value, WORKDIR.value)
@@ -47,6 +49,18 @@ def main(argv: list[str]) -> int:
     except (health.TrainingDiverged, checkpoint.CheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def without_echoes(report: Any) -> None:
+    """Unraisable errors, except those that follow a failed save, whose failure is reported.
+
+    Each array that was being written calls back into the event loop that orbax has closed.
+    """
+    closed = isinstance(report.exc_value, RuntimeError) and "loop is closed" in str(
+        report.exc_value
+    )
+    if not closed:
+        sys.__unraisablehook__(report)
 
 
 def refuse(sentence: str) -> int:

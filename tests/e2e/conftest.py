@@ -103,12 +103,14 @@ def same_rows(one: Path, other: Path) -> None:
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """A run in this process leaves the mesh, the signals and the flags as they were."""
+    hook = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
         try:
             yield
         finally:
+            sys.unraisablehook = hook
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
