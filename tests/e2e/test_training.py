@@ -149,4 +149,4 @@ def test_one_or_eight_devices_in_all_phases(launch, tools, tmp_path):
     assert ended.code == 0, ended.err
     ended = launch(tools.command(eight, *off))
     assert ended.code == 0, ended.err
-    close(tools.rows(one), tools.rows(eight), tolerance=1e-3)
+    close(tools.rows(one), tools.rows(eight))
