@@ -47,8 +47,11 @@ def command(workdir: Path, *extra: str, config: str = str(TINY)) -> list[str]:
     return ["--config", config, "--workdir", str(workdir), *extra]
 
 
-def start(workdir: Path, *extra: str, **options: Any) -> subprocess.Popen:
-    """Start the program on one device; output goes to files beside the work directory."""
+def start(workdir: Path, *extra: str, before: Sequence[str] = ()) -> subprocess.Popen:
+    """Start the program on one device; output goes to files beside the work directory.
+
+    `before` are words in front of the command.
+    """
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -58,12 +61,11 @@ def start(workdir: Path, *extra: str, **options: Any) -> subprocess.Popen:
     }
     with workdir.with_suffix(".out").open("a") as out, workdir.with_suffix(".err").open("w") as err:
         return subprocess.Popen(
-            [sys.executable, str(LAUNCHER), *command(workdir, *extra)],
+            [*before, sys.executable, str(LAUNCHER), *command(workdir, *extra)],
             cwd=ROOT,
             env=environment,
             stdout=out,
             stderr=err,
-            **options,
         )
 
 

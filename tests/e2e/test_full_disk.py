@@ -15,16 +15,14 @@ from dinojax import train
 from dinojax.training.checkpoint import Checkpoints
 
 
-def limited(kib):
-    """No file grows beyond so many KiB in the process that calls this."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (kib << 10, hard))
+KIB = 32  # no file may grow beyond
+LIMITED = ("sh", "-c", f'ulimit -f {2 * KIB}; exec "$@"', "sh")  # blocks of 512 bytes
 
 
 def test_checkpoint(whole, tools, tmp_path):
     workdir = tools.rewound(whole, tmp_path / "run", step=12)
     quiet = "--config.eval.pictures=0"
-    ended = tools.finish(tools.start(workdir, quiet, preexec_fn=lambda: limited(32)), workdir)
+    ended = tools.finish(tools.start(workdir, quiet, before=LIMITED), workdir)
     assert ended.code == 1, ended.err
     sentence = ended.sentence()
     assert "the checkpoint of step 14 could not be written" in sentence
@@ -40,7 +38,7 @@ def test_weights(whole, tools, tmp_path):
     run = train.prepare(configs.load_file(str(tools.TINY)), workdir)
     state = {"teacher": {"big": np.zeros(100_000, np.float32)}}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    limited(32)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (KIB << 10, hard))
     try:
         with pytest.raises(OSError, match="teacher.safetensors could not be written.*too large"):
             train.write_weights(run, state, 18)
