@@ -11,6 +11,7 @@ Exit codes: 0 done; 1 the run ended early (the sentence says why); 2 something i
 the config cannot work, nothing was started; 75 stopped by SIGTERM or Ctrl-C after a save.
 """
 
+import logging as stdlib_logging
 import re
 import sys
 from typing import Any
@@ -38,7 +39,9 @@ def main(argv: list[str]) -> int:
     from dinojax.training import checkpoint, health
 
     logging.set_verbosity(logging.WARNING)
+    # A failed save is reported once, in a sentence, and not again for every array of it.
     sys.unraisablehook = without_echoes
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     sharding.start_distributed()
     try:
         run = train.prepare(CONFIG.value, WORKDIR.value)
@@ -52,10 +55,7 @@ def main(argv: list[str]) -> int:
 
 
 def without_echoes(report: Any) -> None:
-    """Unraisable errors, except those that follow a failed save, whose failure is reported.
-
-    Each array that was being written calls back into the event loop that orbax has closed.
-    """
+    """Unraisable errors, except those of arrays calling back into a loop that orbax has closed."""
     closed = isinstance(report.exc_value, RuntimeError) and "loop is closed" in str(
         report.exc_value
     )

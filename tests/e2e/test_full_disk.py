@@ -14,7 +14,6 @@ from dinojax import config as configs
 from dinojax import train
 from dinojax.training.checkpoint import Checkpoints
 
-
 KIB = 32  # no file may grow beyond
 LIMITED = ("sh", "-c", f'ulimit -f {2 * KIB}; exec "$@"', "sh")  # blocks of 512 bytes
 
