@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -68,6 +69,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
                 f"{shards} devices x {config.microbatches} micro-batches; nearest: group="
                 f"{max(1, phase.batch_size // (shards * config.microbatches))}"
             )
+    writers.check_wandb(config.wandb)
     augment_policy(config)  # raises on probabilities and strengths that cannot be
     networks = states.build_networks(config)
     source = sources.open_source(config.data.source)
@@ -302,7 +304,7 @@ def make_step(
         new = {"student": student, "teacher": teacher, "optimizer": optimizer, "centers": centers}
 
         finite = jnp.isfinite(metrics["loss"])
-        for norm in norms.values():
+        for norm in (*norms.values(), optax.global_norm(student)):
             finite &= jnp.isfinite(norm)
         kept = optim.select(finite, new, {name: state[name] for name in new})
         missed = 1 - finite.astype(jnp.int32)

@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
             return refuse(f"--{flag.name} is missing; for example --{flag.name} {example}")
 
     from dinojax import sharding, train  # after the flags: jax starts only when it is needed
+    from dinojax.data.sources import UnreadableImage
     from dinojax.training import checkpoint, health
 
     logging.set_verbosity(logging.WARNING)
@@ -49,7 +50,12 @@ def main(argv: list[str]) -> int:
         return refuse(str(error))
     try:
         return train.train(run)
-    except (health.TrainingDiverged, checkpoint.CheckpointError, OSError) as error:
+    except (
+        health.TrainingDiverged,
+        checkpoint.CheckpointError,
+        UnreadableImage,
+        OSError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

@@ -164,7 +164,7 @@ class Batches:
             except UnreadableImage as error:
                 last = error
                 replaced.append(self.source.name((record + offset) % n))
-        raise ValueError(f"{len(replaced)} images in a row cannot be read, the last: {last}")
+        raise UnreadableImage(f"{len(replaced)} images in a row cannot be read, the last: {last}")
 
 
 class BatchStream(Iterator[dict[str, Any]]):

@@ -134,12 +134,17 @@ def _drop_rows_after(path: pathlib.Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _open_wandb(workdir: pathlib.Path, project: str) -> Any:
-    if importlib.util.find_spec("wandb") is None:
+def check_wandb(project: str) -> None:
+    """Raise ValueError if wandb is asked for and not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"config.wandb is {project!r} but wandb is not installed; pip install wandb, or set it "
             'to ""'
         )
+
+
+def _open_wandb(workdir: pathlib.Path, project: str) -> Any:
+    check_wandb(project)
     import wandb
 
     # A resumed run goes on in the same curves.
