@@ -11,6 +11,7 @@ import os
 import pathlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -145,7 +146,7 @@ def train(run: Run) -> int:
     """Go through all phases; returns the exit code (0 done, 75 stopped by SIGTERM after a save)."""
     config, workdir, mesh = run.config, run.workdir, run.mesh
     jax.set_mesh(mesh)
-    stop = StopRequest()
+    stop, began = StopRequest(), time.perf_counter()
     write_config(run)
 
     # ---- where this run stands: its newest good checkpoint, if any ------------------------------
@@ -176,7 +177,10 @@ def train(run: Run) -> int:
     # ---- what is left behind ---------------------------------------------------------------------
     saves.close()
     log.close()
+    spent = profiling.energy(time.perf_counter() - began)
     print(f"done: {workdir}/weights/teacher.safetensors", flush=True)
+    if spent:
+        print(f"since the last start: {spent}", flush=True)
     return 0
 
 

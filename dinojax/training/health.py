@@ -1,46 +1,16 @@
-"""Is the run still learning? Collapse and divergence, measured on the device, judged on the host.
+"""Is the run still learning? Collapse and divergence, judged on the host.
 
-The pure functions are cheap enough for the compiled step. The watchers look at fetched metrics,
-every step's in order, and never at the device: `NonFinite` ends a run whose updates keep being
-discarded, `CollapseWatch` says once, in a sentence, that the features have stopped differing from
-each other.
+The watchers look at fetched metrics, every step's in order, and never at the device: `NonFinite`
+ends a run whose updates keep being discarded, `CollapseWatch` says once, in a sentence, that the
+features have stopped differing from each other.
 """
 
 import math
 from collections.abc import Mapping
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float
-
 
 class TrainingDiverged(RuntimeError):  # noqa: N818 (an end of training, not a mistake in the code)
     """Too many steps in a row were not finite."""
-
-
-def feature_spread(features: Float[Array, "n d"]) -> Float[Array, ""]:
-    """How far features point apart: sqrt(d) times the standard deviation of x / |x| over the rows.
-
-    0 when all rows agree (collapse); 1 when they are spread evenly over the sphere. float32.
-    """
-    x = features.astype(jnp.float32)
-    x /= jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    return jnp.sqrt(jnp.sum(jnp.var(x, axis=0)))
-
-
-def target_entropies(
-    targets: Float[Array, "n k"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(mean entropy of the rows, entropy of the mean row) of teacher targets, in nats.
-
-    Healthy: low and close to ln k. Both near ln k: targets say nothing. Both near 0: one prototype
-    takes everything, which Sinkhorn-Knopp prevents and centering may not.
-    """
-    of_rows = _entropy(targets.astype(jnp.float32))
-    return jnp.mean(of_rows), _entropy(jnp.mean(targets.astype(jnp.float32), axis=0))
-
-
-def _entropy(p: Float[Array, "*n k"]) -> Float[Array, "*n"]:
-    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)  # 0 log 0 = 0
 
 
 class NonFinite:
@@ -56,6 +26,7 @@ class NonFinite:
         """To be called once per step, in order. Raises TrainingDiverged at the limit."""
         names = [name for name in metrics if name == "loss" or name.startswith("grad_norm")]
         finite = all(math.isfinite(metrics[name]) for name in names)
+        finite &= not metrics.get("skipped_in_a_row", 0)  # the step judged its update as well
         self.in_a_row = 0 if finite else self.in_a_row + 1
         if self.in_a_row >= self.limit:
             terms = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items())
@@ -70,8 +41,8 @@ class CollapseWatch:
 
     Chance is ln(prototypes). Either sign alone is common early in a healthy run, so both must hold,
     on averages over about `memory` steps, and not before `patience` steps. Of the features it knows
-    what the metrics tell: `cls_spread` (see `feature_spread`) or else `koleo`, minus the mean log
-    distance of nearest neighbours.
+    what the metrics tell: `cls_spread` (1 spread evenly, 0 all alike) or else `koleo`, minus the
+    mean log distance of nearest neighbours.
     """
 
     CHANCE = 0.99  # of ln(prototypes)

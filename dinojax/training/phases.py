@@ -6,6 +6,7 @@ arrive resolved (`dinojax.config.resolve`).
 
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from dinojax.training import schedules
@@ -33,10 +34,10 @@ def scalars(config: ConfigDict, phase: ConfigDict, step: int) -> dict[str, float
     """Every scheduled number at `step` of the phase (spec 6.2, 6.3)."""
     plan, total = phase.schedules.to_dict(), phase.steps
     factor = schedules.scale_lr(config.optim.lr_scaling, phase.batch_size)
-    rate = schedules.value(schedules.scaled(plan["lr"], factor), step, total)
+    rate, freeze = schedules.scaled(plan["lr"], factor), plan["freeze_last_layer"]
     return {
-        "lr": rate,
-        "last_layer_lr": 0.0 if step < plan["freeze_last_layer"] else rate,
+        "lr": schedules.value(rate, step, total),
+        "last_layer_lr": float(schedules.last_layer_values(rate, freeze, np.asarray(step), total)),
         "weight_decay": schedules.value(plan["weight_decay"], step, total),
         "momentum": schedules.value(plan["momentum"], step, total),
         "teacher_temp": schedules.value(plan["teacher_temp"], step, total),

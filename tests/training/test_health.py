@@ -1,33 +1,10 @@
-"""Collapse measures on features with known answers; what the watchers do, and when."""
+"""What the watchers do, and when."""
 
 import math
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dinojax.training import health
-
-
-def test_feature_spread():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(64, 16))
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    want = np.sqrt(16) * np.sqrt(np.mean(unit.std(axis=0) ** 2))
-    got = health.feature_spread(jnp.asarray(x * 7.0, jnp.float32))  # lengths do not matter
-    assert float(got) == pytest.approx(want, rel=1e-5)
-    assert 0.9 < float(got) <= 1.0
-    same = jnp.ones((8, 4)) * jnp.arange(1.0, 9.0)[:, None]
-    assert float(health.feature_spread(same)) < 1e-6
-
-
-def test_target_entropies():
-    rows = np.array([[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]])
-    each, marginal = health.target_entropies(jnp.asarray(rows, jnp.float32))
-    assert float(each) == pytest.approx(math.log(2), rel=1e-6)
-    assert float(marginal) == pytest.approx(math.log(4), rel=1e-6)
-    one = jnp.zeros((3, 4)).at[:, 1].set(1.0)
-    assert [float(e) for e in health.target_entropies(one)] == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_three_in_a_row_end_the_run():
@@ -74,3 +51,11 @@ def test_collapse_is_said_once(metrics, warns):
         assert (
             spoken[0].startswith("step 19: the features look collapsed") and "\n" not in spoken[0]
         )
+
+
+def test_an_update_the_step_discarded_counts():
+    watch = health.NonFinite(limit=2)
+    row = {"loss": 1.0, "grad_norm_backbone": 2.0}
+    watch.observe(1, {**row, "skipped_in_a_row": 1.0})
+    with pytest.raises(health.TrainingDiverged):
+        watch.observe(2, {**row, "skipped_in_a_row": 2.0})
