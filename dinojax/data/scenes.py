@@ -33,7 +33,8 @@ from dinojax.data.scene_parts import (
 
 SPLITS = ("train", "val", "test")
 CLASSES = tuple(f"{texture} {shape}" for shape, texture in KINDS)
-DEFAULTS = {"size": "64", "split": "train", "seed": "0", "grey": "0"}
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+DEFAULTS = {"size": "64", "split": "train", "seed": "0", "even": "0"}
 Colour = tuple[float, float, float]
 
 
@@ -160,6 +161,27 @@ def describe(seed: int, index: int) -> SceneSpec:
     return SceneSpec(label, ground, tuple(objects), light)
 
 
+def even(spec: SceneSpec) -> SceneSpec:
+    """The scene in evenly lit greys: every surface keeps its contrast but is mid-grey on average.
+
+    What is left to tell scenes apart is pattern and outline, and so the label. (In the tones of
+    `describe` two crops of a scene are first recognised by their colour or brightness, which say
+    nothing about the label; a short self-supervised run learns those and stops.)
+    """
+    ground = replace(spec.ground, tones=_even_tones(spec.ground))
+    objects = tuple(replace(thing, tones=_even_tones(thing)) for thing in spec.objects)
+    return replace(spec, ground=ground, objects=objects, light=(0.0, 0.0))
+
+
+def _even_tones(thing: ObjectSpec | GroundSpec) -> tuple[Colour, Colour]:
+    """Two greys whose mean over the texture is 128, at 0.9 of the luma contrast of the tones."""
+    first, second = (float(np.dot(tone, LUMA)) for tone in thing.tones)
+    contrast = 0.9 * (second - first)  # 0.9: neither black nor white is reached
+    share = float(tile(thing.texture, 16).mean()) / 255  # of the second tone
+    grey = 128.0 - share * contrast
+    return (grey,) * 3, (grey + contrast,) * 3
+
+
 # --- drawing -------------------------------------------------------------------------------------
 
 
@@ -283,7 +305,7 @@ class SceneSource:
     size: int
     stream: int
     split: str
-    grey: bool = False
+    even: bool = False
 
     classes = CLASSES
 
@@ -297,11 +319,8 @@ class SceneSource:
         return number
 
     def scene(self, index: SupportsIndex) -> Scene:
-        scene = render(self.stream, self._checked(index), self.size)
-        if not self.grey:
-            return scene
-        luma = cv2.cvtColor(scene.image, cv2.COLOR_RGB2GRAY)
-        return replace(scene, image=np.repeat(luma[..., None], 3, axis=-1))
+        spec = describe(self.stream, self._checked(index))
+        return draw(even(spec) if self.even else spec, self.size)
 
     def image(self, index: SupportsIndex) -> UInt8[np.ndarray, "i j 3"]:
         return self.scene(index).image
@@ -331,8 +350,8 @@ def _whole_number(options: Mapping[str, str], key: str, least: int) -> int:
 def open_scenes(count: int = 10_000, options: Mapping[str, str] | None = None) -> SceneSource:
     """A source of `count` scenes; options as text.
 
-    size (64), split (train, val, test), seed (0), grey (0; 1 takes the colours away, which say
-    nothing about the label).
+    size (64), split (train, val, test), seed (0), even (0; 1 for evenly lit greys: pattern and
+    outline alone tell scenes apart, see `even`).
     """
     unknown = set(options or {}) - set(DEFAULTS)
     if unknown:
@@ -344,5 +363,5 @@ def open_scenes(count: int = 10_000, options: Mapping[str, str] | None = None) -
         raise ValueError(f"scenes: split={chosen['split']!r} should be one of {SPLITS}.")
     seed = _whole_number(chosen, "seed", 0)
     stream = seed * len(SPLITS) + SPLITS.index(chosen["split"])
-    grey = _whole_number(chosen, "grey", 0) > 0
-    return SceneSource(count, _whole_number(chosen, "size", 16), stream, chosen["split"], grey)
+    greys = _whole_number(chosen, "even", 0) > 0
+    return SceneSource(count, _whole_number(chosen, "size", 16), stream, chosen["split"], greys)
