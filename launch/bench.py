@@ -17,6 +17,8 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from dinojax import startup
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.")
@@ -77,6 +79,7 @@ def measure(config: ConfigDict, index: int, steps: int) -> dict[str, Any]:
     scalars = sharding.to_scalars(phases.scalars(config, span.phase, 0), mesh)
 
     started = time.perf_counter()
+    train.compile_step(step, state, batch, scalars)
     state, metrics = step(state, batch, scalars)
     jax.block_until_ready(metrics)
     compile_seconds = time.perf_counter() - started
@@ -119,5 +122,6 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    startup.restart_with_huge_pages()
     flags.mark_flag_as_required("config")
     app.run(main)

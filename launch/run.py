@@ -19,6 +19,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from dinojax import startup
+
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Experiment file, e.g. experiments/demo.py.", lock_config=True
 )
@@ -110,4 +112,5 @@ def explain(argv: list[str]) -> str | None:
 
 
 if __name__ == "__main__":
+    startup.restart_with_huge_pages()
     app.run(main, flags_parser=parse)

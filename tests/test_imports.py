@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "training.schedules": (),
     "sharding": (),
     "config": (),
+    "startup": (),
     "convert": (),
     "backbone": ("models", "convert", "training.checkpoint", "sharding"),
     "visualize": ("backbone", "eval", "data", "convert", "training.checkpoint"),
@@ -31,10 +32,11 @@ MAY_IMPORT = {
     "eval": ("backbone", "data", "sharding", "eval.common"),
     "train": (
         *("backbone", "config", "data", "eval", "kernels", "layers", "losses", "models"),
-        *("objectives", "sharding", "training", "visualize", "convert"),
+        *("objectives", "sharding", "startup", "training", "visualize", "convert"),
     ),
 }
-NO_JAX = ("data", "config", "training.schedules")  # photometric is the exception within data
+# photometric is the exception within data
+NO_JAX = ("data", "config", "startup", "training.schedules")
 FORBIDDEN = ("torch", "torchvision", "tensorflow", "transformers", "timm", "flax.linen")
 BANNED_CALLS = ("nnx.jit", "nnx.grad", "nnx.scan", "nnx.remat", "nnx.Optimizer", "jax.pmap")
 

@@ -174,9 +174,9 @@ def even(spec: SceneSpec) -> SceneSpec:
 
 
 def _even_tones(thing: ObjectSpec | GroundSpec) -> tuple[Colour, Colour]:
-    """Two greys whose mean over the texture is 128, at 0.9 of the luma contrast of the tones."""
+    """Two greys whose mean over the texture is 128, at 0.8 of the luma contrast of the tones."""
     first, second = (float(np.dot(tone, LUMA)) for tone in thing.tones)
-    contrast = 0.9 * (second - first)  # 0.9: neither black nor white is reached
+    contrast = 0.8 * (second - first)  # 0.8: neither black nor white is reached
     share = float(tile(thing.texture, 16).mean()) / 255  # of the second tone
     grey = 128.0 - share * contrast
     return (grey,) * 3, (grey + contrast,) * 3

@@ -26,7 +26,7 @@ SMALL = {
     "model.variant": "small",
     "model.dtype": "float32",
     "model.drop_path": 0.0,
-    "model.remat": "none",
+    "model.remat": "dots_no_batch",
     "model.storage_tokens": 0,
     "batch_size": 4,
     "group": 4,

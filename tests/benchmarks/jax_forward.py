@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from dinojax import backbone
+from dinojax import backbone, startup
 
 
 def main() -> None:
@@ -47,4 +47,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    startup.restart_with_huge_pages()
     main()

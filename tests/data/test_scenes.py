@@ -233,9 +233,19 @@ def _orientations(images, cell=8, bins=9):
     return (summed / (np.linalg.norm(summed, axis=-1, keepdims=True) + 1)).reshape(n, -1)
 
 
-def test_grey_scenes_are_the_luma_of_the_same_scenes():
-    colour = scenes.open_scenes(4).image(3)
-    grey = scenes.open_scenes(4, {"grey": "1"}).image(3)
-    assert (grey == grey[..., :1]).all()
-    luma = colour.astype(np.float64) @ [0.299, 0.587, 0.114]
-    assert np.abs(grey[..., 0] - luma).max() <= 1
+def test_even_scenes_have_mid_grey_surfaces_and_the_same_outlines():
+    """Tones must say nothing: else two crops of an image agree on them first."""
+    plain, even = scenes.open_scenes(40), scenes.open_scenes(40, {"even": "1"})
+    for index in range(40):
+        a, b = plain.scene(index), even.scene(index)
+        assert (b.image == b.image[..., :1]).all()
+        np.testing.assert_array_equal(a.mask, b.mask)
+        for before, after in zip(a.spec.objects, b.spec.objects, strict=True):
+            share = tile(after.texture, 16).mean() / 255
+            mean = after.tones[0][0] * (1 - share) + after.tones[1][0] * share
+            np.testing.assert_allclose(mean, 128, atol=1e-6)
+            assert (after.shape, after.centre) == (before.shape, before.centre)
+            assert 0 < min(after.tones[0][0], after.tones[1][0])
+            assert max(after.tones[0][0], after.tones[1][0]) < 255
+    means = [even.image(index).mean() for index in range(40)]
+    assert np.std(means) < 6 < np.std([plain.image(index).mean() for index in range(40)])
