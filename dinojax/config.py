@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     config.microbatches = 1  # pieces the batch is cut into, one after the other; same results
     config.model = ConfigDict(
         {
-            "name": "vit",  # dinojax/models/<name>.py
+            "name": "vit",  # or config.model = convnext()
             "variant": "large",
             "width": placeholder(int),  # None: what the variant says
             "depth": placeholder(int),
@@ -164,6 +164,24 @@ def v1(
 def v1_linear(start: Number, end: Number, warmup: int) -> dict[str, Any]:
     """The older teacher-temperature schedule: linear warm-up including both ends, then constant."""
     return {"kind": "v1_linear", "start": float(start), "end": float(end), "warmup": int(warmup)}
+
+
+def convnext(variant: str = "tiny") -> ConfigDict:
+    """The model section of a ConvNeXt, in place of the ViT's: `config.model = c.convnext()`."""
+    return ConfigDict(
+        {
+            "name": "convnext",
+            "variant": variant,
+            "depths": placeholder(tuple),  # None: what the variant says; four stages
+            "dims": placeholder(tuple),
+            "in_channels": 3,
+            "layerscale": 1e-6,
+            "drop_path": 0.0,  # of the last block; rises linearly from 0
+            "dtype": "bfloat16",
+            "scan": True,
+            "remat": "none",  # none | full
+        }
+    )
 
 
 def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
@@ -386,6 +404,11 @@ def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
         raise ValueError(f"{where}: schedules.lr.kind is 'v1_linear'; expected 'v2' or 'v1'")
 
 
+def patch_stride(config: ConfigDict) -> int:
+    """Pixels of the image per patch token and axis."""
+    return 32 if config.model.name == "convnext" else config.model.patch_size
+
+
 def _validate_koleo(phase: ConfigDict, piece: int, where: str) -> None:
     """Neighbours are searched inside a micro-batch, in whole groups."""
     neighbours, group, topk = phase.losses.koleo_group, phase.group, phase.losses.koleo_topk
@@ -414,7 +437,7 @@ def _validate_masks(config: ConfigDict, phase: ConfigDict, where: str) -> None:
         )
     if not phase.losses.ibot:
         return
-    patch = config.model.patch_size
+    patch = patch_stride(config)
     patches = min((size // patch) ** 2 for size, _, _ in phase.crops.sizes)
     if int(2 * phase.group * chance) < 1 or int(patches * high) < 1:
         raise ValueError(
@@ -424,7 +447,8 @@ def _validate_masks(config: ConfigDict, phase: ConfigDict, where: str) -> None:
 
 
 def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
-    patch, crops = config.model.patch_size, phase.crops
+    patch, crops = patch_stride(config), phase.crops
+    policy = config.model.get("size_policy", "floor")  # ConvNeXt's strides cut as well
     if not crops.sizes or len(crops.sizes) != len(crops.probabilities):
         raise ValueError(
             f"{where}: crops.sizes has {len(crops.sizes)} triples and crops.probabilities "
@@ -440,11 +464,11 @@ def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
                 continue
             # Policy "floor" cuts what is left over a multiple, as the published high-resolution
             # crops of 168 pixels need; the other policies would change the grid under the masks.
-            if size < patch or (size % patch and config.model.size_policy != "floor"):
+            if size < patch or (size % patch and policy != "floor"):
                 near = max(patch, round(size / patch) * patch)
                 raise ValueError(
                     f"{where}: a {kind} crop of {size} pixels does not fit the patch size {patch} "
-                    f"(size_policy {config.model.size_policy!r}); nearest: {near}"
+                    f"(size_policy {policy!r}); nearest: {near}"
                 )
         if phase.gram.teacher == "snapshot" and triple[2] == 0:
             raise ValueError(

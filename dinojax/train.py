@@ -285,7 +285,7 @@ def make_step(
         phase,
         ssl.Networks(applies, applies, networks.backbone.apply),
         augment_policy(config),
-        patch_stride(config),
+        configs.patch_stride(config),
         phase.losses.koleo_group,
         jnp.dtype(config.model.dtype),
     )
@@ -361,7 +361,7 @@ def open_batches(run: Run, span: phases.Span, first: int) -> pipeline.BatchStrea
         crops,
         tuple(float(p) for p in phase.crops.probabilities),
         masking.Masks(
-            patch=patch_stride(config),
+            patch=configs.patch_stride(config),
             probability=phase.masks.probability,
             ratio=pair(phase.masks.ratio),
             circular_shift=phase.masks.circular_shift,
@@ -394,11 +394,6 @@ def augment_policy(config: ConfigDict) -> photometric.Photometric:
     return photometric.Photometric(
         mean=tuple(config.data.mean), std=tuple(config.data.std), **plain
     )
-
-
-def patch_stride(config: ConfigDict) -> int:
-    """Pixels of the image per patch token and axis."""
-    return 32 if config.model.name == "convnext" else config.model.patch_size
 
 
 # ---- state --------------------------------------------------------------------------------------
@@ -540,7 +535,7 @@ def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, 
     if count and jax.process_index() == 0:
         images = visualize.fixed_images(run.source, count, run.config.eval.size)
         seen = jax.device_get(run.features(state["teacher"]["backbone"], images).patches)
-        side = run.config.eval.size // patch_stride(run.config)
+        side = run.config.eval.size // configs.patch_stride(run.config)
         sheet = visualize.pca_sheet(images, np.asarray(seen, np.float32), (side, side))
         target = run.workdir / "pictures" / f"pca_{step:08d}.png"
         with writing(target):
@@ -569,7 +564,7 @@ def work_per_image(
     for name in ("dino", "ibot"):
         if not phase.losses[name]:
             params.pop(f"{name}_head")
-    stride, works = patch_stride(config), []
+    stride, works = configs.patch_stride(config), []
     for sizes in phase.crops.sizes:
         grid = (sizes[0] // stride,) * 2
         slots = masking.mask_slots(

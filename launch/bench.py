@@ -27,13 +27,13 @@ PHASE = flags.DEFINE_integer("phase", 0, "Which phase of the config.")
 
 def synthetic_batch(config: ConfigDict, phase: ConfigDict) -> dict[str, np.ndarray]:
     """One batch of the phase's first crop sizes: noise images, real masks."""
-    from dinojax import train
+    from dinojax import config as configs
     from dinojax.data import masking
 
     rng = np.random.default_rng(0)
     large, small, anchor = phase.crops.sizes[0]
     b, channels = phase.batch_size, config.model.in_channels
-    grid = (large // train.patch_stride(config),) * 2
+    grid = (large // configs.patch_stride(config),) * 2
     groups = b // phase.group
     per_group = [
         masking.group_masks(rng, 2 * phase.group, grid, phase.masks.probability, phase.masks.ratio)

@@ -38,6 +38,17 @@ def replace_rate(phase: ConfigDict, schedule: dict) -> None:
 
 # ---- what is refused -----------------------------------------------------------------------------
 
+
+def test_convnext_counts_patches_of_its_own_stride():
+    config = make(crops={"sizes": ((64, 32, 0),)})
+    config.model = configs.convnext()
+    configs.validate(configs.resolve(config))
+    config.phases[0].crops.sizes = ((32, 32, 0),)
+    assert "of 1 patches" in sentence(config)
+    config.phases[0].crops.sizes = ((16, 32, 0),)
+    assert "does not fit the patch size 32" in sentence(config)
+
+
 # A change (to config c, first phase p) -> what the sentence must say, the nearest choice included.
 REFUSED = {
     "no phases": (lambda c, p: c.update(phases=()), "phases is empty"),

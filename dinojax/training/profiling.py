@@ -196,6 +196,7 @@ class StepTimer:
         self.waited = 0.0
         self.compiled = False
         self.best = math.inf
+        self.speed: Speed | None = None
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -214,14 +215,20 @@ class StepTimer:
             self.lap_began = time.perf_counter()
 
     def lap(self, step: int, last: int, work: Work) -> Speed:
-        """The speed since the last lap; `step` of `last` are done. Starts a new lap."""
+        """The speed since the last lap; `step` of `last` are done. Starts a new lap.
+
+        Without a step since then (a save asks for its row too) it is the last lap's.
+        """
+        if not self.steps and self.speed:
+            left = max(last - step, 0) * self.speed.step_seconds
+            return self.speed._replace(eta_seconds=left)
         now = time.perf_counter()
         elapsed = max(now - self.lap_began, 1e-9)
         seconds = elapsed / max(self.steps, 1)
         if self.steps:
             self.best = min(self.best, seconds)
         rate = self.steps * self.batch_size / elapsed
-        speed = Speed(
+        self.speed = Speed(
             images_per_second=rate,
             mfu=rate * work.nominal / self.peak if self.peak else None,
             executed_mfu=rate * work.executed / self.peak if self.peak else None,
@@ -232,7 +239,7 @@ class StepTimer:
             peak_bytes=peak_memory(),
         )
         self.steps, self.waited, self.lap_began = 0, 0.0, now
-        return speed
+        return self.speed
 
 
 def peak_memory() -> int | None:

@@ -6,7 +6,7 @@
 Cores are often shared, so the result is the ratio of neighbouring runs (theirs / ours: above 1 ours
 is faster, or smaller); the load average before each run is recorded. Ours is `launch/bench.py` on
 the ViT-L recipes brought down to ViT-S/16, batch 4, K = 4,096, float32, without stochastic depth
-and with the photometric probabilities at 0 (its colour kernels still run); theirs is
+and with the photometric probabilities at 0, which leaves their kernels out; theirs is
 `torch_step.py`.
 """
 

@@ -27,7 +27,7 @@ PIECES = flags.DEFINE_list("pieces", ["1", "8", "32"], "Numbers of micro-batches
 def abstract_batch(config, phase) -> dict[str, jax.ShapeDtypeStruct]:
     large, small, _ = phase.crops.sizes[0]
     b, groups = phase.batch_size, phase.batch_size // phase.group
-    side = large // train.patch_stride(config)
+    side = large // configs.patch_stride(config)
     slots = masking.mask_slots(
         2 * phase.group, (side, side), phase.masks.probability, tuple(phase.masks.ratio)
     )

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+import dinojax
 from dinojax import config as configs
 from dinojax import sharding, train
 from dinojax.training import phases
@@ -92,6 +93,22 @@ def test_steps_on_one_batch(tools, tmp_path):
             losses.append(float(metrics["loss"]))
     assert step_fn._cache_size() == 1
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05, losses
+
+
+def test_convnext_trains(tools, tmp_path):
+    """The other family through the same run: `config.model = c.convnext()`, stride 32."""
+    config = configs.load_file(str(tools.TINY), "pretrain")
+    config.model = configs.convnext()
+    config.model.update({"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "dtype": "float32"})
+    config.phases[0].crops.sizes = ((64, 32, 0),)
+    config.eval.size = 64
+    with tools.restored():
+        assert train.train(train.prepare(config, tmp_path / "run")) == 0
+    rows = tools.rows(tmp_path / "run")
+    assert len(rows) == 6
+    assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in rows)
+    features = dinojax.load(tmp_path / "run").features(np.zeros((2, 64, 64, 3), np.uint8))
+    assert features.cls.shape == (2, 32) and features.patches.shape == (2, 4, 32)
 
 
 def test_highres_on_other_devices(whole, launch, tools, tmp_path, monkeypatch):

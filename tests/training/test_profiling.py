@@ -143,5 +143,7 @@ def test_timer(monkeypatch):
     step(0.0, 4.0)
     again = timer.lap(step=15, last=15, work=profiling.Work(100.0, 50.0))
     assert (again.images_per_second, again.eta_seconds) == pytest.approx((2.0, 0.0))
+    at_a_save = timer.lap(step=15, last=25, work=profiling.Work(100.0, 50.0))
+    assert (at_a_save.images_per_second, at_a_save.eta_seconds) == pytest.approx((2.0, 40.0))
     nothing = profiling.StepTimer(8, None).lap(0, 10, profiling.Work(1.0, 1.0))
     assert nothing.mfu is None and np.isfinite(nothing.eta_seconds)
