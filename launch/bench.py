@@ -10,6 +10,7 @@ import json
 import platform
 import resource
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -112,13 +113,18 @@ def measure(config: ConfigDict, index: int, steps: int) -> dict[str, Any]:
     }
 
 
-def main(_: list[str]) -> None:
-    figures = measure(CONFIG.value, PHASE.value, STEPS.value)
+def main(_: list[str]) -> int:
+    try:
+        figures = measure(CONFIG.value, PHASE.value, STEPS.value)
+    except ValueError as error:  # an impossible config; said before anything is compiled
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     for name, value in figures.items():
         print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(figures, file, indent=1)
+    return 0
 
 
 if __name__ == "__main__":

@@ -40,7 +40,12 @@ SMALL = {
     "augment.solarize": "(0.0,0.0,0.0)",
 }
 # The Gram case: the second phase of the three-phase recipe, its teacher at twice the resolution.
-GRAM = {"phases[1].crops.sizes": "((224,96,448),)", "phases[1].crops.probabilities": "(1.0,)"}
+GRAM = {
+    "phases[1].crops.sizes": "((224,96,448),)",
+    "phases[1].crops.probabilities": "(1.0,)",
+    "phases[2].group": 4,  # not run, but the whole config must be valid
+    "phases[2].losses.koleo_group": 4,
+}
 
 
 def our_command(what: str, steps: int, more: list[str]) -> list[str]:
