@@ -95,6 +95,25 @@ def test_steps_on_one_batch(tools, tmp_path):
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05, losses
 
 
+def test_compiled_ahead_is_not_compiled_again():
+    """`compile_step` counts on jit finding what lower().compile() made; it would cost minutes."""
+    times = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            times.append(seconds)
+
+    step_fn, x = jax.jit(lambda x: {"y": x * 3 + 1}, donate_argnums=0), jax.numpy.ones(7)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train.compile_step(step_fn, x)
+        assert len(times) == 1
+        step_fn(x)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(times) == 1
+
+
 def test_convnext_trains(tools, tmp_path):
     """The other family through the same run: `config.model = c.convnext()`, stride 32."""
     config = configs.load_file(str(tools.TINY), "pretrain")
