@@ -1,13 +1,13 @@
-"""Our training step against plain PyTorch's, in turn on the same machine: A B A B.
+"""Our training step against PyTorch's, in turn on the same machine: A B A B.
 
-    python tests/benchmarks/compare_step.py --torch-python /path/to/python \
+    python tests/benchmarks/compare_step.py --torch-python /path/to/python [--reference CHECKOUT] \
         [--what step|gram|forward] [--rounds 3] [--steps 10] [--json FILE] [-- MORE FLAGS OF OURS]
 
 Cores are often shared, so the result is the ratio of neighbouring runs (theirs / ours: above 1 ours
 is faster, or smaller); the load average before each run is recorded. Ours is `launch/bench.py` on
 the ViT-L recipes brought down to ViT-S/16, batch 4, K = 4,096, float32, without stochastic depth
 and with the photometric probabilities at 0, which leaves their kernels out; theirs is
-`torch_step.py`.
+`torch_step.py`, and with `--reference` the public reference implementation too.
 """
 
 import argparse
@@ -77,17 +77,23 @@ def run(command: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch-python", required=True, help="a python that has torch")
+    parser.add_argument("--reference", help="a checkout of the public reference implementation")
     parser.add_argument("--what", choices=("step", "gram", "forward"), default="step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json")
     parser.add_argument("more", nargs="*", help="further flags of ours, after --")
     options = parser.parse_args()
-    theirs = [options.torch_python, str(HERE / "torch_step.py"), f"--what={options.what}"]
-    theirs += [f"--steps={options.steps}"]
-    commands = {"ours": our_command(options.what, options.steps, options.more), "torch": theirs}
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "torch": []}
-    print(f"{'run':8} {'load':>6} {'median s':>9} {'min s':>8} {'max s':>8} {'peak GB':>8}")
+    shared = [f"--what={options.what}", f"--steps={options.steps}"]
+    commands = {
+        "ours": our_command(options.what, options.steps, options.more),
+        "torch": [options.torch_python, str(HERE / "torch_step.py"), *shared],
+    }
+    if options.reference:
+        script = [options.torch_python, str(HERE / "reference_step.py"), *shared]
+        commands["reference"] = [*script, f"--reference={options.reference}"]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    print(f"{'run':9} {'load':>6} {'median s':>9} {'min s':>8} {'max s':>8} {'peak GB':>8}")
     for _ in range(options.rounds):
         for name, command in commands.items():
             figures = run(command)
@@ -95,17 +101,18 @@ def main() -> None:
             times = (figures[key] for key in ("seconds_per_step", "seconds_min", "seconds_max"))
             shown = "  ".join(f"{value:7.3f}" for value in times)
             peak = figures["peak_memory_bytes"] / 1e9
-            print(f"{name:8} {figures['load']:6.2f}   {shown}  {peak:7.2f}", flush=True)
+            print(f"{name:9} {figures['load']:6.2f}   {shown}  {peak:7.2f}", flush=True)
     result: dict[str, Any] = {"what": options.what, "runs": runs}
-    for label, key in (
-        ("time", "seconds_per_step"),
-        ("best time", "seconds_min"),
-        ("memory", "peak_memory_bytes"),
-    ):
-        ratios = [b[key] / a[key] for a, b in zip(runs["ours"], runs["torch"])]
-        result[f"{label}_ratio"] = statistics.median(ratios)
-        listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(f"{label}, theirs / ours: {statistics.median(ratios):.2f}  ({listed})")
+    for peer in list(commands)[1:]:
+        for label, key in (
+            ("time", "seconds_per_step"),
+            ("best time", "seconds_min"),
+            ("memory", "peak_memory_bytes"),
+        ):
+            ratios = [b[key] / a[key] for a, b in zip(runs["ours"], runs[peer])]
+            result[f"{label}_ratio_{peer}"] = statistics.median(ratios)
+            listed = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"{label}, {peer} / ours: {statistics.median(ratios):.2f}  ({listed})")
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -204,21 +204,15 @@ def make_forward():
     return forward
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--what", choices=("step", "gram", "forward"), default="step")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    run = make_forward() if options.what == "forward" else make_step(options.what == "gram")
+def measure(run, steps):
+    """Times `run` after two calls for warming up; the figures `compare_step.py` reads."""
     seconds, values = [], []
-    for index in range(options.steps + 2):
+    for index in range(steps + 2):
         started = time.perf_counter()
         values.append(run())
-        if index > 1:  # two for warming up
+        if index > 1:
             seconds.append(time.perf_counter() - started)
-    figures = {
+    return {
         "seconds_per_step": statistics.median(seconds),
         "seconds_min": min(seconds),
         "seconds_max": max(seconds),
@@ -227,10 +221,29 @@ def main():
         "torch": torch.__version__,
         "first_and_last": [values[0], values[-1]],
     }
+
+
+def command_line(doc):
+    """The flags all PyTorch peers take."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--what", choices=("step", "gram", "forward"), default="step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json")
+    return parser
+
+
+def report(figures, file):
     print(json.dumps(figures))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(figures, file, indent=1)
+    if file:
+        with open(file, "w") as out:
+            json.dump(figures, out, indent=1)
+
+
+def main():
+    options = command_line(__doc__).parse_args()
+    torch.manual_seed(0)
+    run = make_forward() if options.what == "forward" else make_step(options.what == "gram")
+    report(measure(run, options.steps), options.json)
 
 
 if __name__ == "__main__":
