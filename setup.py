@@ -16,6 +16,7 @@ setup(
         "absl-py>=2.1,<3",
         "etils[epath]>=1.10,<2",
         "flax>=0.12.8,<0.13",
+        "fsspec>=2025.3",
         "grain>=0.2.18,<0.3",
         "jax>=0.10.2,<0.13",
         "jaxtyping>=0.3.2,<0.4",
@@ -30,6 +31,7 @@ setup(
         "rich>=13.9,<16",
         "safetensors>=0.5,<1",
         "tensorboardX>=2.6.2,<3",
+        "tifffile>=2025.1",
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],

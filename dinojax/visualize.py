@@ -15,7 +15,8 @@ from jaxtyping import Float, UInt8
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from dinojax.data.sources import Source, UnreadableImage
+from dinojax.data.decode import UnreadableImage
+from dinojax.data.sources import Source
 from dinojax.eval.common import fit
 
 _TILE = 192  # least side of a picture in a sheet, in pixels

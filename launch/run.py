@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             return refuse(f"--{flag.name} is missing; for example --{flag.name} {example}")
 
     from dinojax import sharding, train  # after the flags: jax starts only when it is needed
-    from dinojax.data.sources import UnreadableImage
+    from dinojax.data.decode import UnreadableImage
     from dinojax.training import checkpoint, health
 
     logging.set_verbosity(logging.WARNING)

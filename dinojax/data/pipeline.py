@@ -21,9 +21,10 @@ from absl import flags
 from grain.experimental import index_shuffle
 from jaxtyping import UInt8
 
+from dinojax.data.decode import UnreadableImage
 from dinojax.data.masking import Masks, group_masks, mask_positions
 from dinojax.data.multicrop import Crops, views
-from dinojax.data.sources import Source, UnreadableImage
+from dinojax.data.sources import Source
 
 # Fourth word of the seeds of what is not drawn per sample (a sample's seed has three words, which
 # numpy pads with a zero).

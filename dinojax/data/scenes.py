@@ -322,6 +322,10 @@ class SceneSource:
         spec = describe(self.stream, self._checked(index))
         return draw(even(spec) if self.even else spec, self.size)
 
+    def encoded(self, index: SupportsIndex) -> bytes:
+        """The image as PNG."""
+        return cv2.imencode(".png", self.image(index)[..., ::-1])[1].tobytes()
+
     def image(self, index: SupportsIndex) -> UInt8[np.ndarray, "i j 3"]:
         return self.scene(index).image
 

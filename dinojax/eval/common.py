@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from dinojax.data.sources import UnreadableImage, open_source
+from dinojax.data.decode import UnreadableImage
+from dinojax.data.sources import open_source
 
 # Gets a whole batch as a numpy array of one fixed shape; where it runs, and on how many devices, is
 # its own affair. On several hosts every host calls it with the same batches.

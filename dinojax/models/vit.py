@@ -266,8 +266,11 @@ class ViT(nnx.Module):
             stacked = jax.tree.map(lambda a: a[layers.start : layers.stop], stacked)
         if c.scan:
             return jax.lax.scan(body, tokens, stacked)[0]
+        # Splits, whose derivative is one concatenation: twelve slices would each pad and add.
+        parts, tree = jax.tree.flatten(stacked)
+        parts = [jnp.split(a, len(layers)) for a in parts]
         for i in range(len(layers)):
-            tokens, _ = body(tokens, jax.tree.map(lambda a: a[i], stacked))  # noqa: B023
+            tokens, _ = body(tokens, jax.tree.unflatten(tree, [a[i][0] for a in parts]))
         return tokens
 
     def _features(

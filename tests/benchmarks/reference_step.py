@@ -1,4 +1,4 @@
-"""The step of the public reference implementation, run from a checkout of it: no part of the project.
+"""The step of the public reference implementation, run from a checkout: no part of the project.
 
 The same work as `torch_step.py` (ViT-S/16, batch 4, two 224-pixel and eight 96-pixel crops,
 K = 4,096, float32, no stochastic depth, fixed data), through the reference's own meta architecture,

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinojax.data.decode import UnreadableImage
 from dinojax.data.masking import Masks
 from dinojax.data.multicrop import Crops, views
 from dinojax.data.pipeline import Batches, validate
-from dinojax.data.sources import UnreadableImage, open_source
+from dinojax.data.sources import open_source
 
 CROPS = (
     Crops(16, 8, locals=2),
@@ -30,6 +31,9 @@ class Numbered:
 
     def __len__(self):
         return self.count
+
+    def encoded(self, i):
+        raise NotImplementedError
 
     def image(self, i):
         if i in self.broken:

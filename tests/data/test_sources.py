@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageOps
 
-from dinojax.data import sources
-from dinojax.data.sources import UnreadableImage, decode, open_source
+from dinojax.data import parquet, sources
+from dinojax.data.decode import UnreadableImage, decode
+from dinojax.data.sources import open_source
 
 
 def picture(seed=0, size=(30, 20)):
@@ -144,7 +145,7 @@ def shards(tmp_path):
 
 @pytest.mark.parametrize("held", [1 << 30, 0])
 def test_parquet_rows_of_a_split(shards, monkeypatch, held):
-    monkeypatch.setattr(sources, "HELD_BYTES", held)
+    monkeypatch.setattr(parquet, "HELD_BYTES", held)
     source = open_source(f"{shards}?split=train")
     rows = [k for k in range(14) if k % 3]
     assert len(source) == len(rows)

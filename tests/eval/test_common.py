@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinojax.data.sources import UnreadableImage
+from dinojax.data.decode import UnreadableImage
 from dinojax.eval.common import Images, extract, fit
 
 
@@ -19,6 +19,9 @@ class Numbers:
 
     def labels(self):
         return np.arange(self.count) * 10 if self.labelled else None
+
+    def encoded(self, i):
+        raise NotImplementedError
 
     def image(self, index):
         self.read.append(index)
@@ -72,6 +75,9 @@ def test_second_evaluation_reads_nothing_again():
 
 def test_unreadable_images_are_left_out():
     class Damaged(Numbers):
+        def encoded(self, i):
+            raise NotImplementedError
+
         def image(self, index):
             if index in (0, 5, 8, 9, 10):  # the last batch holds nothing else
                 raise UnreadableImage(f"image {index} is truncated")

@@ -98,6 +98,9 @@ class Squares:
     def labels(self):
         return np.arange(self.count) % 5
 
+    def encoded(self, i):
+        raise NotImplementedError
+
     def image(self, index):
         image = np.random.default_rng([self.seed, index]).integers(0, 60, (20, 20, 3))
         start = 4 * (index % 5)
