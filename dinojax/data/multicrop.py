@@ -1,7 +1,7 @@
 """The crops of one image: two global ones, several local ones, Gram crops (spec section 5).
 
-Geometry only, on the host, uint8 in and out. Flips and everything about colour happen on the device
-(`data.photometric`). Called by `data.pipeline` for every image.
+Geometry only, on the host, uint8 in and out, any number of bands. Flips and everything about colour
+happen on the device (`data.photometric`). Called by `data.pipeline` for every image.
 """
 
 import math
@@ -9,9 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+
+from dinojax.data.resize import resize
 
 TRIES = 10
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,10 @@ class Crops:
 
     `gram_size` 0 makes no Gram crops. With `no_distortions` the Gram teacher gets the student's
     crop without colour changes; otherwise it gets the student's distorted crop, so only the larger
-    crop travels (as `gram_crops`) and the device derives the global one after colour.
+    crop travels (as `gram_crops`) and the device derives the global one after colour. With
+    `local_grid` the local crops are windows of the global ones, cut without resizing at multiples
+    of that many pixels (the patch), the first half of them from the first; each is flipped on its
+    own.
     """
 
     global_size: int
@@ -31,8 +36,14 @@ class Crops:
     local_scale: tuple[float, float] = (0.05, 0.32)
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     no_distortions: bool = True
+    local_grid: int = 0
 
     def __post_init__(self) -> None:
+        if self.local_grid and self.local_size > self.global_size:
+            raise ValueError(
+                f"local_size={self.local_size} is larger than global_size={self.global_size}: with "
+                f"local crops cut from the global ones; nearest: local_size={self.global_size}."
+            )
         if self.gram_size and not self.no_distortions and self.gram_size < self.global_size:
             raise ValueError(
                 f"gram_size={self.gram_size} is smaller than global_size={self.global_size}: with "
@@ -81,24 +92,35 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(picture: Image.Image, size: int) -> Image.Image:
-    """To size x size with PIL's bicubic (a = -0.5, antialiased); the same size is the identity."""
-    return picture.resize((size, size), Image.Resampling.BICUBIC)
+def boxes(height: int, width: int, rng: np.random.Generator, crops: Crops) -> dict[str, list[Box]]:
+    """Where an image of this size is cut: "global_crops" (2) and "local_crops", in image pixels.
+
+    With `local_grid` the local boxes count the pixels of their global crop instead.
+    """
+    found = {
+        "global_crops": [
+            crop_box(rng, height, width, crops.global_scale, crops.aspect) for _ in range(2)
+        ]
+    }
+    if crops.local_grid:
+        free = (crops.global_size - crops.local_size) // crops.local_grid + 1
+        corners = (rng.random((crops.locals, 2)) * free).astype(int) * crops.local_grid
+        size = crops.local_size
+        found["local_crops"] = [(top, left, size, size) for top, left in corners.tolist()]
+    else:
+        found["local_crops"] = [
+            crop_box(rng, height, width, crops.local_scale, crops.aspect)
+            for _ in range(crops.locals)
+        ]
+    return found
 
 
-def random_crop(
-    picture: Image.Image,
-    rng: np.random.Generator,
-    size: int,
-    scale: tuple[float, float],
-    aspect: tuple[float, float],
-) -> Image.Image:
-    """A random crop of `picture`, resized to size x size."""
-    top, left, h, w = crop_box(rng, picture.height, picture.width, scale, aspect)
-    # Not `resize(box=...)`, although that saves a copy: its kernel reaches past the box into the
-    # image, which differs from cropping first by up to 8 levels along the edges (and the copy
-    # costs 14 us of 1 ms, the pixels of the box being what takes the time).
-    return resize(picture.crop((left, top, left + w, top + h)), size)
+def cut(image: UInt8[np.ndarray, "i j c"], box: Box) -> UInt8[np.ndarray, "h w c"]:
+    """The pixels of a box, without a copy."""
+    # Resizing out of the whole image would save a copy too, but its kernel reaches past the box,
+    # which differs from cropping first by up to 8 levels along the edges.
+    top, left, h, w = box
+    return image[top : top + h, left : left + w]
 
 
 def views(
@@ -109,21 +131,16 @@ def views(
     Gram crops share the global crops' geometry. As in the reference, both come from one base crop
     of max(global, gram) pixels, which is then resized again (bicubic) to each of the two sizes.
     """
-    picture = Image.fromarray(image)
-    base = max(crops.global_size, crops.gram_size)
-    bases = [random_crop(picture, rng, base, crops.global_scale, crops.aspect) for _ in range(2)]
-    small = [
-        random_crop(picture, rng, crops.local_size, crops.local_scale, crops.aspect)
-        for _ in range(crops.locals)
-    ]
-    pictures = {
-        "global_crops": (bases, crops.global_size),
-        "local_crops": (small, crops.local_size),
-        "gram_crops": (bases, crops.gram_size),
-    }
-    out = {}
-    for name, shape in crops.shapes(image.shape[2]).items():
-        out[name] = np.empty(shape, np.uint8)
-        for view, picture in enumerate(pictures[name][0]):
-            out[name][view] = np.asarray(resize(picture, pictures[name][1]))
-    return out
+    places = boxes(*image.shape[:2], rng, crops)
+    side = max(crops.global_size, crops.gram_size)
+    bases = [resize(cut(image, box), side) for box in places["global_crops"]]
+    large = [resize(base, crops.global_size) for base in bases]
+    if crops.local_grid:
+        half = (crops.locals + 1) // 2
+        small = [cut(large[k >= half], box) for k, box in enumerate(places["local_crops"])]
+    else:
+        small = [resize(cut(image, box), crops.local_size) for box in places["local_crops"]]
+    made = {"global_crops": large, "local_crops": small}
+    if crops.gram_size:
+        made["gram_crops"] = [resize(base, crops.gram_size) for base in bases]
+    return {name: np.stack(made[name]) for name in crops.shapes()}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy.stats import ks_2samp
 
-from dinojax.data.multicrop import Crops, crop_box, views
+from dinojax.data.multicrop import Crops, boxes, crop_box, views
 
 
 def photo(height, width, seed=0):
@@ -16,6 +16,13 @@ def photo(height, width, seed=0):
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     pixels = np.stack([200 * y, 200 * x, 100 * (np.sin(9 * x + 4 * y) + 1)], -1)
     return (pixels + rng.integers(0, 55, pixels.shape)).astype(np.uint8)
+
+
+def assert_as_pillow(got, expected):
+    """Within one level, and mostly equal (tests/data/test_resize.py measures how close)."""
+    difference = np.abs(got.astype(int) - np.asarray(expected))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.02
 
 
 def torchvision_box(rng, height, width, scale, ratio):
@@ -45,9 +52,9 @@ def test_boxes_are_distributed_as_torchvision_s(size, scale):
     )
     rng = np.random.default_rng(10**6)
     theirs = np.array([torchvision_box(rng, *size, scale, (3 / 4, 4 / 3)) for _ in range(draws)])
-    for boxes in (ours, theirs):
-        assert (boxes >= 0).all() and (boxes[:, 2:] > 0).all()
-        assert (boxes[:, :2] + boxes[:, 2:] <= size).all()
+    for found in (ours, theirs):
+        assert (found >= 0).all() and (found[:, 2:] > 0).all()
+        assert (found[:, :2] + found[:, 2:] <= size).all()
     for name, of in {
         "top": lambda b: b[:, 0],
         "left": lambda b: b[:, 1],
@@ -90,7 +97,7 @@ def test_pixels_are_pil_s():
         top, left, h, w = crop_box(rng, 150, 200, scale, (3 / 4, 4 / 3))
         cut = Image.fromarray(np.ascontiguousarray(image[top : top + h, left : left + w]))
         expected = np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(got[name][k], expected)
+        assert_as_pillow(got[name][k], expected)
 
 
 def test_the_whole_image_stays_upright():
@@ -98,7 +105,7 @@ def test_the_whole_image_stays_upright():
     image = photo(64, 64)
     expected = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
     got = views(image, np.random.default_rng(0), crops)["global_crops"]
-    np.testing.assert_array_equal(got, [expected, expected])
+    assert_as_pillow(got, [expected, expected])
 
 
 @pytest.mark.parametrize("gram", [64, 40, 24])
@@ -111,9 +118,7 @@ def test_gram_crops_share_the_base_crop(gram):
     for view in range(2):
         picture = Image.fromarray(base["global_crops"][view])
         for name, size in (("global_crops", 40), ("gram_crops", gram)):
-            np.testing.assert_array_equal(
-                got[name][view], np.asarray(picture.resize((size, size), bicubic))
-            )
+            assert_as_pillow(got[name][view], picture.resize((size, size), bicubic))
     np.testing.assert_array_equal(got["local_crops"], base["local_crops"])
 
 
@@ -128,3 +133,42 @@ def test_only_the_larger_crop_travels_when_it_is_distorted():
 def test_tiny_images_give_crops_too(size):
     got = views(photo(*size), np.random.default_rng(0), Crops(16, 8, locals=4))
     assert got["local_crops"].shape == (4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 5, 13])
+def test_any_number_of_bands(bands):
+    """Every band is cut and resized as it would be alone."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, bands), np.uint8)
+    crops = Crops(24, 12, 32, locals=2)
+    got = views(image, np.random.default_rng(1), crops)
+    for band in (0, bands - 1):
+        alone = views(image[..., band : band + 1], np.random.default_rng(1), crops)
+        for name, pixels in got.items():
+            np.testing.assert_array_equal(pixels[..., band : band + 1], alone[name])
+
+
+def test_local_crops_as_windows_of_the_global_ones():
+    crops = Crops(64, 32, locals=5, local_grid=16)
+    image, corners = photo(90, 100), set()
+    for seed in range(60):
+        got = views(image, np.random.default_rng(seed), crops)
+        places = boxes(90, 100, np.random.default_rng(seed), crops)["local_crops"]
+        for k, (top, left, h, w) in enumerate(places):
+            assert (h, w) == (32, 32)
+            window = got["global_crops"][int(k >= 3), top : top + 32, left : left + 32]
+            np.testing.assert_array_equal(got["local_crops"][k], window)
+            corners.add((top, left))
+    assert corners == {(y, x) for y in (0, 16, 32) for x in (0, 16, 32)}
+    with pytest.raises(ValueError, match="local_size=80 is larger .* nearest: local_size=64"):
+        Crops(64, 80, local_grid=16)
+
+
+def test_boxes_are_those_of_the_views():
+    image = photo(150, 200)
+    crops = Crops(48, 20, locals=3)
+    found = boxes(150, 200, np.random.default_rng(7), crops)
+    got = views(image, np.random.default_rng(7), crops)
+    for name, size in (("global_crops", 48), ("local_crops", 20)):
+        for view, (top, left, h, w) in enumerate(found[name]):
+            part = Image.fromarray(image[top : top + h, left : left + w])
+            assert_as_pillow(got[name][view], part.resize((size, size), Image.Resampling.BICUBIC))
