@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.7,<5", "array-record>=0.8,<0.9"]
-TEST = ["beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"]
+TEST = ["aiohttp>=3.10,<4", "beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"]
 
 setup(
     name="dinojax",
@@ -36,9 +36,13 @@ setup(
         "tensorboardX>=2.6.2,<3",
         "tifffile>=2025.1",
     ],
+    entry_points={"console_scripts": ["dinojax = dinojax.cli:main"]},
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        # Images in buckets and on web servers; in TIFFs of unusual compression.
+        "cloud": ["aiohttp>=3.10,<4", "gcsfs>=2025.3", "s3fs>=2025.3"],
+        "tiff": ["imagecodecs>=2025.3"],
         "tfds": TFDS,  # tfds:NAME sources; read without TensorFlow, but a large installation
         "eval": TFDS,  # labelled public data sets to evaluate on
         "test": TEST,
