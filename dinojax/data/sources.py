@@ -1,15 +1,18 @@
 """Where images come from: `open_source("kind:where?option=value")` gives random access by number.
 
-Kinds: `folder:PATH`, `parquet:GLOB?split=train&image=image&label=label`, `scenes[:COUNT][?...]`.
-A new kind is one function `_open_<kind>(where, options)` here and a file beside it. Used by
-`data.pipeline`, by evaluators and by data curation; everything here pickles, so worker processes
-can hold a source.
+Kinds: `folder:PATH`, `list:FILE`, `parquet:GLOB?split=train&image=image&label=label`, `tar:GLOB`,
+`array_record:GLOB`, `tfds:NAME[:SPLIT]`, `curated:MANIFEST`, `scenes[:COUNT][?...]`; paths are
+local or URLs. Where images are encoded, `bands`, `range` and `draft` say how they become pixels
+(`data.decode`). A new kind is one function `_open_<kind>(where, options)` here and a file beside
+it. Used by `data.pipeline`, by evaluators and by data curation; everything here pickles, so worker
+processes can hold a source.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -42,10 +45,8 @@ class Source(Protocol):
 
 def open_source(spec: str) -> Source:
     """The source a spec string names; ValueError (one sentence) if it cannot be opened."""
-    kind, colon, rest = spec.partition(":")
-    where, question, query = rest.partition("?")
-    if not colon:
-        kind, question, query = spec.partition("?")
+    base, _, query = spec.partition("?")
+    kind, _, where = base.partition(":")
     opener = globals().get(f"_open_{kind}")
     if opener is None:
         kinds = sorted(n.removeprefix("_open_") for n in globals() if n.startswith("_open_"))
@@ -61,11 +62,11 @@ def open_source(spec: str) -> Source:
 
 def related(spec: str, base: str) -> str:
     """`spec`; if it holds options alone (`split=val`), `base` with these instead of its own."""
-    if ":" in spec or "=" not in spec:
+    if not re.match(r"\??\w+=", spec):
         return spec
     where, _, query = base.partition("?")
     options = dict(parse_qsl(query)) | dict(parse_qsl(spec.lstrip("?")))
-    return f"{where}?{'&'.join(f'{name}={value}' for name, value in options.items())}"
+    return f"{where}?{urlencode(options, safe='/:,[]*')}"
 
 
 # ---- kinds; each imports its file only when asked for ------------------------------------------
@@ -77,10 +78,40 @@ def _open_folder(where: str, options: Mapping[str, str]) -> Source:
     return open_folder(where, options)
 
 
+def _open_list(where: str, options: Mapping[str, str]) -> Source:
+    from dinojax.data.folders import open_list
+
+    return open_list(where, options)
+
+
 def _open_parquet(where: str, options: Mapping[str, str]) -> Source:
     from dinojax.data.parquet import open_parquet
 
     return open_parquet(where, options)
+
+
+def _open_tar(where: str, options: Mapping[str, str]) -> Source:
+    from dinojax.data.tar import open_tar
+
+    return open_tar(where, options)
+
+
+def _open_array_record(where: str, options: Mapping[str, str]) -> Source:
+    from dinojax.data.records import open_array_record
+
+    return open_array_record(where, options)
+
+
+def _open_tfds(where: str, options: Mapping[str, str]) -> Source:
+    from dinojax.data.tfds import open_tfds
+
+    return open_tfds(where, options)
+
+
+def _open_curated(where: str, options: Mapping[str, str]) -> Source:
+    from dinojax.data.curated import open_curated
+
+    return open_curated(where, options)
 
 
 def _open_scenes(where: str, options: Mapping[str, str]) -> Source:
@@ -103,8 +134,9 @@ def check_readable(source: Source, channels: int, tries: int = 32) -> None:
             continue
         if found != channels:
             raise ValueError(
-                f"the images have {found} channels, the model expects {channels}; "
-                f"nearest: config.model.in_channels={found}."
+                f"the images have {found} channels, the model expects {channels}; nearest: "
+                f"config.model.in_channels={found} with {found} values in config.data.mean and "
+                f"config.data.std, or the option bands= of the source."
             )
         return
     raise ValueError(f"the first {len(failures)} images cannot be read, the last: {failures[-1]}")
