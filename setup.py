@@ -15,6 +15,7 @@ setup(
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",
+        "cloudpickle>=3,<4",
         # No wheels for Linux on ARM; there Pillow resizes, three times slower.
         'cykooz.resizer>=4,<5; platform_machine!="aarch64"',
         "etils[epath]>=1.10,<2",

@@ -77,9 +77,11 @@ def base() -> ConfigDict:
     )
     config.data = ConfigDict(
         {
+            # A SPEC, or "curated:DIRECTORY/mixture.json"; "" where there is a mixture.
             "source": "scenes",
+            "mixture": (),  # of component(...)
             "workers": 0,  # worker processes; 0 = threads of this process
-            "threads": 0,  # decoding threads per process; 0 = as many as there are cores
+            "threads": 0,  # their number without workers; 0 = as many as there are cores
             "prefetch": 4,  # batches held ready
             "mean": (0.485, 0.456, 0.406),
             "std": (0.229, 0.224, 0.225),
@@ -115,7 +117,7 @@ def base() -> ConfigDict:
         {
             "every": 0,  # steps between evaluations; 0 = at the end of each phase only
             # Labelled sources of bank and queries; "" = no k-NN; options alone ("split=val") name
-            # another part of data.source.
+            # another part of data.source, or of the first component of a mixture.
             "knn_train": "",
             "knn_val": "",
             "knn_k": 20,
@@ -128,6 +130,28 @@ def base() -> ConfigDict:
     config.wandb = ""  # project name; "" = off
     config.phases = ()
     return config
+
+
+def component(
+    name: str, source: str, weight: Number | None = None, homogeneous: Number = 0.0
+) -> ConfigDict:
+    """A component of `config.data.mixture`: a SPEC and how often it is drawn.
+
+    `weight`: its share of the rows of heterogeneous batches, relative to the other components'
+    (None: its number of images; 0: it takes no part in them). `homogeneous`: the probability that
+    the whole batch of a step is of this component alone.
+    """
+    found = ConfigDict(
+        {
+            "name": name,
+            "source": source,
+            "weight": placeholder(float),
+            "homogeneous": float(homogeneous),
+        }
+    )
+    if weight is not None:
+        found.weight = float(weight)
+    return found
 
 
 def constant(number: Number) -> dict[str, Any]:
@@ -207,6 +231,7 @@ def phase(name: str, steps: int, **sections: Any) -> ConfigDict:
                 "locals": 8,
                 "global_scale": (0.32, 1.0),
                 "local_scale": (0.05, 0.32),
+                "local_from_global": False,  # local crops are cut from the global ones
                 "gram_undistorted": True,
             },
             "masks": {"probability": 0.5, "ratio": (0.1, 0.5), "circular_shift": False},
@@ -285,6 +310,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     # A tuple is not copied with the tree that holds it.
     config.phases = tuple(phase.copy_and_resolve_references() for phase in config.phases)
+    config.data.mixture = tuple(
+        part.copy_and_resolve_references() if isinstance(part, ConfigDict) else part
+        for part in config.data.mixture
+    )
     for phase in config.phases:
         phase.batch_size = config.batch_size if phase.batch_size is None else phase.batch_size
         phase.group = config.group if phase.group is None else phase.group
@@ -369,6 +398,7 @@ def validate(config: ConfigDict) -> None:
             f"config.data.mean has {len(config.data.mean)} values for "
             f"{config.model.in_channels} channels (config.model.in_channels)"
         )
+    _validate_data(config.data)
     if config.init not in ("fixed", "fan_in"):
         raise ValueError(f"config.init is {config.init!r}; known: 'fixed', 'fan_in'")
     first = 0
@@ -376,6 +406,35 @@ def validate(config: ConfigDict) -> None:
         _validate_phase(config, phase_config)
         _validate_snapshot(config, phase_config, first)
         first += phase_config.steps
+
+
+def _validate_data(data: ConfigDict) -> None:
+    """One source or a mixture; what its numbers must be, `dinojax.data.mixture` says."""
+    if not data.source and not data.mixture:
+        raise ValueError(
+            "config.data.source is '' and config.data.mixture is empty; give one, such as "
+            "--config.data.source=scenes"
+        )
+    if data.source and data.mixture:
+        raise ValueError(
+            f"config.data.source is {data.source!r} beside a mixture of {len(data.mixture)} "
+            "components; to train on the source alone give --config.data.mixture='()' too, to "
+            "train on the mixture --config.data.source="
+        )
+    known = component("", "")
+    for index, part in enumerate(data.mixture):
+        if not isinstance(part, ConfigDict):
+            raise ValueError(
+                f"config.data.mixture[{index}] is {part!r}; expected component(name, source)"
+            )
+        for key in part:
+            if key not in known:
+                raise ValueError(
+                    f"config.data.mixture[{index}] has no key {key!r}; {nearest(key, known)}"
+                )
+        missing = sorted(set(known) - set(part))
+        if missing:
+            raise ValueError(f"config.data.mixture[{index}] needs {', '.join(missing)}")
 
 
 def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
@@ -402,6 +461,11 @@ def _validate_phase(config: ConfigDict, phase: ConfigDict) -> None:
             _validate_schedule(schedule, f"{where}: schedules.{key}")
     if phase.schedules.lr.kind == "v1_linear":
         raise ValueError(f"{where}: schedules.lr.kind is 'v1_linear'; expected 'v2' or 'v1'")
+
+
+def first_source(config: ConfigDict) -> str:
+    """The SPEC that evaluations mean by options alone."""
+    return config.data.mixture[0].source if config.data.mixture else config.data.source
 
 
 def patch_stride(config: ConfigDict) -> int:
@@ -484,6 +548,11 @@ def _validate_crops(config: ConfigDict, phase: ConfigDict, where: str) -> None:
             raise ValueError(
                 f"{where}: the gram crop of {triple[2]} pixels is smaller than the global crop of "
                 f"{triple[0]}; nearest: {triple[0]}"
+            )
+        if crops.local_from_global and triple[1] > triple[0]:
+            raise ValueError(
+                f"{where}: a local crop of {triple[1]} pixels does not lie inside a global one of "
+                f"{triple[0]} (crops.local_from_global); nearest: {triple[0]}"
             )
     if crops.locals < 1:
         raise ValueError(f"{where}: crops.locals is {crops.locals}; expected at least 1")

@@ -21,13 +21,15 @@ import numpy as np
 import optax
 from absl import logging
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
 
 from dinojax import backbone as weights
 from dinojax import config as configs
 from dinojax import sharding, startup, visualize
-from dinojax.data import masking, multicrop, photometric, pipeline, sources
+from dinojax.data import from_config, masking, mixture, photometric, pipeline, sources
+from dinojax.data.unreadable import UnreadableList
 from dinojax.eval import knn
 from dinojax.objectives import microbatch, ssl
 from dinojax.training import checkpoint, health, optim, phases, profiling, writers
@@ -44,7 +46,7 @@ class Run(NamedTuple):
     workdir: pathlib.Path
     mesh: Mesh
     networks: states.NetworkSet
-    source: sources.Source
+    data: mixture.Mixture
     evaluator: knn.Evaluator | None
     features: Callable[..., Any]  # jitted: (backbone parameters, uint8 images) -> Features
     peak: float | None  # FLOP/s of all devices
@@ -73,15 +75,15 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
     writers.check_wandb(config.wandb)
     augment_policy(config)  # raises on probabilities and strengths that cannot be
     networks = states.build_networks(config)
-    source = sources.open_source(config.data.source)
-    sources.check_readable(source, config.model.in_channels)
-    for phase in config.phases:
-        pipeline.validate(source, phase.batch_size)
+    data = from_config.open_data(config)
+    for index in range(len(config.phases)):
+        phase_batches(config, data, index)  # raises where sizes do not fit
     evaluator = None
     if config.eval.knn_train:
+        base = configs.first_source(config)
         evaluator = knn.Evaluator(
-            sources.related(config.eval.knn_train, config.data.source),
-            sources.related(config.eval.knn_val, config.data.source),
+            sources.related(config.eval.knn_train, base),
+            sources.related(config.eval.knn_val, base),
             size=config.eval.size,
             k=(config.eval.knn_k,),
             batch=config.eval.batch,
@@ -93,7 +95,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
     features = jax.jit(feature_function(config, networks))
     # Measured here: on several CPU devices it must come before the mesh is set.
     peak = profiling.peak_flops(config.model.dtype)
-    return Run(config, workdir, mesh, networks, source, evaluator, features, peak)
+    return Run(config, workdir, mesh, networks, data, evaluator, features, peak)
 
 
 def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> bool:
@@ -159,6 +161,8 @@ def train(run: Run) -> int:
     if step:
         print(f"resumed at step {step:,}", flush=True)
     print(phases.describe(config), flush=True)
+    if len(run.data.components) > 1:
+        print(run.data.describe(), flush=True)
 
     # ---- phase by phase --------------------------------------------------------------------------
     for span in spans:
@@ -197,6 +201,7 @@ def train_phase(
     config, phase, mesh = run.config, span.phase, run.mesh
     step_fn = make_step(config, run.networks, phase, mesh)
     batches = open_batches(run, span, step - span.first)
+    unreadable = open_unreadable(run.workdir)
     work = work_per_image(config, run.networks, phase)
     timer = profiling.StepTimer(phase.batch_size, run.peak)
     progress = writers.ProgressLine(phase.name, span.last)
@@ -220,15 +225,15 @@ def train_phase(
                 print(warning, flush=True)
         if fetched:
             speed = timer.lap(now, span.last, work)
-            log.write_speed(now, phase.name, speed)
+            log.write_speed(now, phase.name, speed, batches.shares())
             progress.update(now, row, speed)
 
-    with jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"), batches:
         while step < span.last and not stop.requested:
             with timer.waiting_for_data():
                 batch = next(batches)
             triple = int(batch.pop("triple"))
-            replaced = int(batch.pop("replaced"))
+            replaced = batch.pop("replaced")
             scalars = phases.scalars(config, phase, step - span.first)
             inputs = sharding.to_global(batch, mesh), sharding.to_scalars(scalars, mesh)
             if triple not in shapes:
@@ -236,8 +241,10 @@ def train_phase(
                 compile_step(step_fn, state, *inputs)
             state, metrics = step_fn(state, *inputs)
             timer.step()
-            if replaced:
-                logging.warning("step %d: %d unreadable images replaced", step, replaced)
+            with writing(unreadable.path):
+                new = unreadable.add(replaced)
+            if new:
+                logging.warning("step %d: %d unreadable images; %s", step, new, unreadable.path)
             # Metrics are fetched one interval late, so the host never waits for the current step.
             if step % config.log_every == 0:
                 report(step)
@@ -258,7 +265,6 @@ def train_phase(
         report(step)
         assert step_fn._cache_size() <= len(shapes), "a step shape was compiled twice"
 
-    batches.close()
     progress.close()
     if step == span.last:  # before the save, so that a kill in between repeats it
         evaluate(run, state, log, step, phase.name)
@@ -341,42 +347,24 @@ def compile_step(step_fn: Callable[..., Any], *arguments: Any) -> None:
 # ---- data ---------------------------------------------------------------------------------------
 
 
+def phase_batches(config: ConfigDict, data: mixture.Mixture, index: int) -> pipeline.Batches:
+    """Batches of a phase for this process; a pure function of (seed, phase, step)."""
+    host = (jax.process_index(), jax.process_count())
+    return from_config.phase_batches(config, index, data, configs.patch_stride(config), host)
+
+
 def open_batches(run: Run, span: phases.Span, first: int) -> pipeline.BatchStream:
-    """Batches of a phase from its step `first` on; a pure function of (seed, phase, step)."""
-    config, phase = run.config, span.phase
-    crops = tuple(
-        multicrop.Crops(
-            global_size=large,
-            local_size=small,
-            gram_size=anchor,
-            locals=phase.crops.locals,
-            global_scale=pair(phase.crops.global_scale),
-            local_scale=pair(phase.crops.local_scale),
-            no_distortions=phase.crops.gram_undistorted,
-        )
-        for large, small, anchor in phase.crops.sizes
+    """Batches of a phase from its step `first` on."""
+    how = run.config.data
+    return phase_batches(run.config, run.data, span.index).stream(
+        first, workers=how.workers, threads=how.threads or None, prefetch=how.prefetch
     )
-    batches = pipeline.Batches(
-        run.source,
-        crops,
-        tuple(float(p) for p in phase.crops.probabilities),
-        masking.Masks(
-            patch=configs.patch_stride(config),
-            probability=phase.masks.probability,
-            ratio=pair(phase.masks.ratio),
-            circular_shift=phase.masks.circular_shift,
-        ),
-        batch=phase.batch_size,
-        group=phase.group,
-        seed=config.seed + 1_000_003 * span.index,  # every phase has an order of its own
-        host=(jax.process_index(), jax.process_count()),
-    )
-    return batches.stream(
-        first,
-        workers=config.data.workers,
-        threads=config.data.threads or None,
-        prefetch=config.data.prefetch,
-    )
+
+
+def open_unreadable(workdir: pathlib.Path) -> UnreadableList:
+    """`unreadable.txt`; further processes of a run, which read other images, add their number."""
+    process = jax.process_index()
+    return UnreadableList(workdir / f"unreadable{f'.{process}' * bool(process)}.txt")
 
 
 def pair(values: Sequence[float]) -> tuple[float, float]:
@@ -531,9 +519,8 @@ def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, 
         row = dict(knn_scores(run, state))
         log.write_eval(step, phase, row)
         tell(step, row)
-    count = min(run.config.eval.pictures, len(run.source))
-    if count and jax.process_index() == 0:
-        images = visualize.fixed_images(run.source, count, run.config.eval.size)
+    if run.config.eval.pictures and jax.process_index() == 0:
+        images = pictured(run)
         seen = jax.device_get(run.features(state["teacher"]["backbone"], images).patches)
         side = run.config.eval.size // configs.patch_stride(run.config)
         sheet = visualize.pca_sheet(images, np.asarray(seen, np.float32), (side, side))
@@ -541,6 +528,17 @@ def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, 
         with writing(target):
             visualize.save(sheet, target)
         log.picture(step, "pca", sheet)
+
+
+def pictured(run: Run) -> UInt8[np.ndarray, "n i j c"]:
+    """The images of the PCA sheet, of every component as many."""
+    parts, size = run.data.components, run.config.eval.size
+    found = []
+    for index, part in enumerate(parts):
+        count = len(range(index, run.config.eval.pictures, len(parts)))
+        if count:
+            found.append(visualize.fixed_images(part.source, min(count, len(part.source)), size))
+    return np.concatenate(found)
 
 
 def knn_scores(run: Run, state: states.State) -> Iterator[tuple[str, float]]:

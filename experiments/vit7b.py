@@ -6,6 +6,18 @@
 Reference: 256 H100; its data are private. Here: not run yet; needs a pod (about 108 GB of float32
 state for student, teacher, Gram teacher and moments, sharded over the mesh).
 
+The recipe mixes its data: one step in ten is a batch of ImageNet-1k alone, the others draw from all
+remaining parts (their ratios are not published; without weights it is by size). With data at hand:
+
+    config.data.source = ""
+    config.data.mixture = (
+        c.component("clusters", "curated:lvd/samples.parquet"),
+        c.component("retrieved", "curated:retrieved/samples.parquet"),
+        c.component("imagenet22k", "tar:/data/imagenet22k/*.tar"),
+        c.component("mapillary", "folder:/data/mapillary"),
+        c.component("imagenet1k", "tfds:imagenet2012:train", weight=0, homogeneous=0.1),
+    )
+
 Values are those of the three published 7B configs. Where they count from the start of the whole
 run and a phase here counts from its own start, the numbers are shifted accordingly.
 """

@@ -2,8 +2,8 @@
 
 Runs the compiled step on one fixed synthetic batch, so the input pipeline is not part of it, and
 prints the median seconds a step with its spread, images/s, model-FLOPs utilisation, compile time
-and memory. `--json FILE` writes the same. Values are changed as in `launch/run.py`:
-`--config.batch_size=4`.
+and memory. `--data` times the input path instead, stage by stage, and names its bottleneck.
+`--json FILE` writes the same. Values are changed as in `launch/run.py`: `--config.batch_size=4`.
 """
 
 import json
@@ -23,6 +23,8 @@ from dinojax import startup
 CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment file.", lock_config=True)
 JSON = flags.DEFINE_string("json", None, "Write the figures to this file.")
 STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.")
+DATA = flags.DEFINE_boolean("data", False, "Time reading, cropping and colour, not the step.")
+SECONDS = flags.DEFINE_float("seconds", 3.0, "Of each stage of --data.")
 PHASE = flags.DEFINE_integer("phase", 0, "Which phase of the config.")
 
 
@@ -115,12 +117,19 @@ def measure(config: ConfigDict, index: int, steps: int) -> dict[str, Any]:
 
 def main(_: list[str]) -> int:
     try:
-        figures = measure(CONFIG.value, PHASE.value, STEPS.value)
+        if DATA.value:
+            import bench_data
+
+            figures = bench_data.measure(CONFIG.value, PHASE.value, SECONDS.value)
+            print("\n".join(bench_data.lines(figures)))
+        else:
+            figures = measure(CONFIG.value, PHASE.value, STEPS.value)
+            for name, value in figures.items():
+                shown = f"{value:.4g}" if isinstance(value, float) else value
+                print(f"{name:32s} {shown}")
     except ValueError as error:  # an impossible config; said before anything is compiled
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for name, value in figures.items():
-        print(f"{name:32s} {value:.4g}" if isinstance(value, float) else f"{name:32s} {value}")
     if JSON.value:
         with open(JSON.value, "w") as file:
             json.dump(figures, file, indent=1)

@@ -4,6 +4,7 @@ Every value of the config can be changed on the command line:
 
     --config.batch_size=64                      a value
     --config.data.source=folder:/images         what to train on
+    --config.data.mixture[1].weight=2           a value of the second component of a mixture
     --config.phases[0].steps=500                a value of the first phase
     --config experiments/gram_vitl.py:tiny      a variant the experiment file offers
 
@@ -100,10 +101,11 @@ def explain(argv: list[str]) -> str | None:
         return None  # main says so
     file, _, variant = given[-1].partition(":")
     try:
-        known = configs.flatten(configs.load_file(file, variant or None))
+        known = list(configs.flatten(configs.load_file(file, variant or None)))
     except Exception as error:  # whatever the experiment file itself does
         reason = str(error) or type(error).__name__
         return reason if file in reason else f"{file}: {reason}"
+    known += {key.partition("[")[0] for key in known}  # a tuple as a whole
     for argument in argv:
         match = re.match(r"--config\.([^=]+)", argument)
         if match and match[1] not in known:

@@ -36,6 +36,12 @@ def replace_rate(phase: ConfigDict, schedule: dict) -> None:
     phase.schedules.lr = ConfigDict(schedule)
 
 
+def misspelt_component() -> ConfigDict:
+    part = configs.component("a", "scenes")
+    part.wieght = 2.0
+    return part
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 
@@ -69,6 +75,27 @@ REFUSED = {
         "koleo_group is 1; it must hold at least 2.*nearest: none",
     ),
     "topk": (lambda c, p: p.losses.update(koleo_topk=8), "koleo_topk is 8; expected 1 to 7"),
+    "no source": (lambda c, p: c.data.update(source=""), "data.source is '' and .* is empty"),
+    "source beside mixture": (
+        lambda c, p: c.data.update(mixture=(configs.component("a", "scenes"),)),
+        r"data.source is 'scenes' beside a mixture of 1 .*mixture='\(\)'.*data.source=$",
+    ),
+    "no component": (
+        lambda c, p: c.data.update(source="", mixture=("scenes:5",)),
+        r"mixture\[0\] is 'scenes:5'; expected component\(name, source\)",
+    ),
+    "component key": (
+        lambda c, p: c.data.update(source="", mixture=(misspelt_component(),)),
+        r"mixture\[0\] has no key 'wieght'; did you mean 'weight'",
+    ),
+    "component gap": (
+        lambda c, p: c.data.update(source="", mixture=(ConfigDict({"name": "a"}),)),
+        r"mixture\[0\] needs homogeneous, source, weight",
+    ),
+    "local inside global": (
+        lambda c, p: p.crops.update(local_from_global=True, sizes=((96, 112, 0),)),
+        "local crop of 112 pixels does not lie inside a global one of 96.*nearest: 96",
+    ),
     "crop": (
         lambda c, p: (c.model.update(size_policy="pad"), p.crops.update(sizes=((230, 96, 0),))),
         "a global crop of 230 pixels does not fit the patch size 16.*nearest: 224",
@@ -268,11 +295,10 @@ def test_variants_and_missing_files() -> None:
         configs.load_file("experiments/gram_vitt.py")
 
 
-def overridden(*arguments: str) -> ConfigDict:
+def overridden(*arguments: str, file: str = f"{ROOT}/experiments/gram_vitl.py:tiny") -> ConfigDict:
     """The config that launch/run.py would get."""
     values = flags.FlagValues()
-    file = ROOT / "experiments" / "gram_vitl.py"
-    argv = ["run", f"--config={file}:tiny", *arguments]
+    argv = ["run", f"--config={file}", *arguments]
     config_flags.DEFINE_config_file("config", None, "", values, lock_config=True, sys_argv=argv)
     values(argv)
     return values.config
@@ -291,6 +317,31 @@ def test_overrides_reach_into_phases() -> None:
     assert config.phases[2].losses.koleo_group == 4
     assert config.data.source == "folder:/images" and config.model.width == 96
     configs.validate(configs.resolve(config))
+
+
+def test_overrides_reach_into_mixtures(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.py"
+    file.write_text(
+        "from dinojax import config as c\n"
+        "def get_config():\n"
+        "    config = c.base()\n"
+        "    parts = c.component('a', 'scenes:9', 1), c.component('b', 'scenes:9')\n"
+        "    config.data.update({'source': '', 'mixture': parts})\n"
+        "    config.phases = (c.phase('only', 1),)\n"
+        "    return config\n"
+    )
+    config = overridden("--config.data.mixture[1].weight=3", file=str(file))
+    config = configs.resolve(config)
+    configs.validate(config)
+    flat = configs.flatten(config)
+    assert (flat["data.mixture[0].weight"], flat["data.mixture[1].weight"]) == (1.0, 3.0)
+    assert flat["data.mixture[1].source"] == "scenes:9"
+    alone = overridden("--config.data.mixture=()", "--config.data.source=scenes", file=str(file))
+    configs.validate(configs.resolve(alone))
+    saved = json.loads(json.dumps(flat))
+    config.data.mixture[1].homogeneous = 0.1
+    (changed,) = configs.continues(saved, config)
+    assert changed == "data.mixture[1].homogeneous: 0.0 there, 0.1 here"
 
 
 def test_misspelt_overrides_fail() -> None:

@@ -236,7 +236,7 @@ def _labels(
         return None, None
     column = table.column("label")
     if pa.types.is_string(column.type) and not column.null_count:
-        return number_classes(column.to_pylist())
+        return number_classes(column)
     classes = (table.schema.metadata or {}).get(b"classes")
     return classes and tuple(json.loads(classes)), _integers(table, "label", -1, file)
 

@@ -1,55 +1,50 @@
-"""From a source to batches: which images, crops and masks at (seed, step), prepared by threads.
+"""From a mixture of sources to batches: which images, crops and masks at (seed, step).
 
 Everything a batch holds is a pure function of (seed, step): `Batches.at(step)` computes it, and
-`Batches.stream(start_step)` gives the same batches in order, prepared ahead by grain. So the step
-number is all that a resumed run needs, and hosts, workers and threads change nothing.
+`Batches.stream(start_step)` gives the same batches in order, prepared ahead by threads or worker
+processes. So the step number is all that a resumed run needs, and hosts, workers and threads change
+nothing.
 
 The unit of work is a group (`config.group` consecutive rows): threads and worker processes prepare
 whole groups, hosts hold whole groups.
 """
 
 import os
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from absl import flags
-from grain.experimental import index_shuffle
 from jaxtyping import UInt8
 
 from dinojax.data.decode import UnreadableImage
 from dinojax.data.masking import Masks, group_masks, mask_positions
+from dinojax.data.mixture import MASKS, REPLACEMENT, SAMPLE, TRIPLE, Mixture, as_mixture
 from dinojax.data.multicrop import Crops, views
 from dinojax.data.sources import Source
+from dinojax.data.workers import Ahead
 
-# Fourth word of the seeds of what is not drawn per sample (a sample's seed has three words, which
-# numpy pads with a zero).
-TRIPLE, MASKS, ORDER = 1, 2, 3
-GIVE_UP = 1000  # consecutive unreadable records
+GIVE_UP = 1000  # unreadable records in a row
 
 
-def validate(source: Source, batch: int) -> None:
-    """A source must fill a batch, or an image would meet itself in Sinkhorn and KoLeo."""
-    if len(source) < batch:
-        raise ValueError(
-            f"the source has {len(source)} images, the batch needs {batch}; "
-            f"nearest: batch_size={len(source)}."
-        )
+class Failure(NamedTuple):
+    """An image that could not be read (in a mixture, its name begins with its component's)."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Batches:
     """All batches of a phase.
 
-    `crops` are the crop sizes among which a step chooses with `probabilities`; `host` is (index,
-    number of hosts): each holds its run of consecutive rows of the global batch.
+    `mixture` may be a bare source. `crops` are the crop sizes among which a step chooses with
+    `probabilities`; `host` is (index, number of hosts): each holds its run of consecutive rows of
+    the global batch. An image with another number of bands than `channels` counts as unreadable.
     """
 
-    source: Source
+    mixture: Mixture | Source
     crops: tuple[Crops, ...]
     probabilities: tuple[float, ...]
     masks: Masks
@@ -57,9 +52,11 @@ class Batches:
     group: int
     seed: int
     host: tuple[int, int] = (0, 1)
+    channels: int = 3
 
     def __post_init__(self) -> None:
-        validate(self.source, self.batch)
+        object.__setattr__(self, "mixture", as_mixture(self.mixture))
+        self.mixture.validate(self.batch)
         hosts = self.host[1]
         if self.batch % (self.group * hosts):
             nearest = max(1, round(self.batch / (self.group * hosts))) * self.group * hosts
@@ -84,25 +81,12 @@ class Batches:
         u = np.random.default_rng([self.seed, step, 0, TRIPLE]).random()
         return int(np.searchsorted(bounds / bounds[-1], u, side="right"))
 
-    def records(self, positions: Sequence[int]) -> list[tuple[int, int]]:
-        """(record, visit) at each position of the endless sequence of rows.
-
-        Every visit goes through all records in an order of its own (grain's index_shuffle: a
-        permutation computed entry by entry, nothing is stored). It walks a cycle among at least
-        2**16 numbers: 4 us an entry from 10,000 records on, 0.06 ms for 1,000, 1 ms for 16.
-        """
-        n, seeds, found = len(self.source), {}, []
-        for position in positions:
-            visit, place = divmod(position, n)
-            if visit not in seeds:
-                words = np.random.SeedSequence([self.seed, visit, 0, ORDER])
-                seeds[visit] = int(words.generate_state(1)[0])
-            record = index_shuffle(place, max_index=n - 1, seed=seeds[visit], rounds=4)
-            found.append((record, visit))
-        return found
-
     def at(self, step: int) -> dict[str, Any]:
-        """This host's part of the batch of one step, computed here and now."""
+        """This host's part of the batch of one step, computed here and now.
+
+        Arrays, and what stays on the host: `triple`, the number of the crop sizes, and `replaced`,
+        a Failure for every image that was tried and could not be read.
+        """
         return _join([self._group(step * self.groups + k) for k in range(self.groups)])
 
     def stream(
@@ -115,10 +99,14 @@ class Batches:
     ) -> "BatchStream":
         """The batches from `start_step` on; best closed, or used with `with`, when done.
 
-        Threads prepare groups ahead: `threads` of them (default: one per core this process may use;
-        one in each worker process), at most max(threads, prefetch batches of groups) groups in
-        memory. Decoding and resizing release the GIL, so worker processes pay only for small images
-        on many cores; they start their own Python, which needs a main module safe to import.
+        `threads` (default: one per core this process may use; 0: the caller itself) or `workers`
+        processes prepare groups ahead. Decoding and resizing release the GIL, so worker processes
+        pay only for small images on many cores.
+
+        Memory, whatever the size of the source: with n threads or workers and groups of
+        `prefetch` batches, at most max(n, groups) groups of finished crops, n decoded images, and
+        the batch that the caller holds (besides what the sources themselves keep, and about 200
+        bytes for each name in `replaced`).
         """
         return BatchStream(self, start_step, workers, threads, prefetch)
 
@@ -129,16 +117,21 @@ class Batches:
         triple = self.triple(step)
         crops = self.crops[triple]
         out = {
-            name: np.empty((self.group, *shape), np.uint8) for name, shape in crops.shapes().items()
+            name: np.empty((self.group, *shape), np.uint8)
+            for name, shape in crops.shapes(self.channels).items()
         }
         seeds = np.empty(self.group, np.uint32)
-        replaced: list[str] = []
-        first = step * self.batch + index * self.group
-        for row, (record, visit) in enumerate(self.records(range(first, first + self.group))):
-            rng = np.random.default_rng([self.seed, record, visit])
+        failures: list[Failure] = []
+        first = index * self.group
+        rows = self.mixture.rows(self.seed, step, self.batch, first, first + self.group)
+        for row, key in enumerate(zip(*(column.tolist() for column in rows))):
+            _, record, visit, stream = key
+            rng = np.random.default_rng(
+                [self.seed, record, visit, *([SAMPLE + stream] if stream else [])]
+            )
             seeds[row] = rng.integers(2**32, dtype=np.uint32)
-            image = self._readable(record, replaced)
-            for name, pixels in views(image, rng, crops).items():
+            # No name for the image: it must be gone when the next one comes.
+            for name, pixels in views(self._readable(*key, failures), rng, crops).items():
                 out[name][row] = pixels
         mask_rng = np.random.default_rng([self.seed, step, index, MASKS])
         spec, grid = self.masks, self.masks.grid(crops.global_size)
@@ -153,58 +146,90 @@ class Batches:
             "seeds": seeds,
             "groups": np.array([index], np.int32),
             "triple": triple,
-            "replaced": tuple(replaced),
+            "replaced": tuple(failures),
+            "components": rows.component,
         }
 
-    def _readable(self, record: int, replaced: list[str]) -> UInt8[np.ndarray, "i j c"]:
-        """The image of a record, or of the next readable one after it."""
-        n = len(self.source)
-        for offset in range(min(n, GIVE_UP)):
+    def _readable(
+        self, component: int, record: int, visit: int, stream: int, failures: list[Failure]
+    ) -> UInt8[np.ndarray, "i j c"]:
+        """The image of a record, or of one drawn from the same component in its place.
+
+        Drawn, not the next one: of a deleted shard the neighbours are unreadable too.
+        """
+        part, rng, tried = self.mixture.components[component], None, record
+        for _ in range(GIVE_UP):
             try:
-                return self.source.image((record + offset) % n)
+                return self._image(part.source, tried)
             except UnreadableImage as error:
-                last = error
-                replaced.append(self.source.name((record + offset) % n))
-        raise UnreadableImage(f"{len(replaced)} images in a row cannot be read, the last: {last}")
+                name = part.source.name(tried)
+                reason = str(error).removeprefix(f"{name}: ")
+            if len(self.mixture.components) > 1:
+                name = f"{part.name}: {name}"
+            failures.append(Failure(name, reason))
+            rng = rng or np.random.default_rng([self.seed, record, visit, REPLACEMENT, stream])
+            tried = int(rng.integers(len(part.source)))
+        last = ": ".join(failures[-1])
+        raise UnreadableImage(f"{GIVE_UP} images in a row cannot be read, the last: {last}")
+
+    def _image(self, source: Source, record: int) -> UInt8[np.ndarray, "i j c"]:
+        image = source.image(record)
+        if image.shape[2] != self.channels:
+            raise UnreadableImage(f"has {image.shape[2]} bands, expected {self.channels}")
+        return image
 
 
 class BatchStream(Iterator[dict[str, Any]]):
-    """Batches in order of steps. `replaced` counts the unreadable images met so far, by name."""
+    """Batches in order of steps, and what they were made of so far.
+
+    `replaced` counts the unreadable images by name, `rows` this host's rows by component; `kind` is
+    the component of the last batch, or "mixed" if that was a heterogeneous one.
+    """
 
     def __init__(
         self, batches: Batches, start_step: int, workers: int, threads: int | None, prefetch: int
     ) -> None:
         self.replaced: Counter[str] = Counter()
-        self._groups = batches.groups
-        if threads is None:
-            threads = 1 if workers else _cores()
-        ahead = prefetch * self._groups  # groups
-        if workers:
-            ahead = -(-ahead // workers)
-        # len() of a dataset must fit a signed word; no run gets through 2**48 groups.
-        data = grain.MapDataset.range(start_step * self._groups, 2**48).map(batches._group)
-        options = grain.ReadOptions(threads, max(ahead, threads) if threads else 0)
-        data = data.to_iter_dataset(options)
-        if workers:
-            # grain asks absl about its flags, and absl refuses where no `app.run` parsed any
-            # (notebooks, tests, plain scripts).
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()
-            data = data.mp_prefetch(grain.MultiprocessingOptions(workers, ahead))
-        self._iterators = [iter(data)]
-        # Also when forgotten, and then before the interpreter takes its modules apart: grain's own
-        # destructors print tracebacks there and leave shared memory behind.
-        self._finish = weakref.finalize(self, _close_all, self._iterators)
+        self.rows: Counter[str] = Counter()
+        self.kind = "mixed"
+        self._batches, self._step = batches, start_step
+        self._parts: list[dict[str, Any]] = []
+        self._groups = Ahead(
+            batches._group,
+            start_step * batches.groups,
+            workers=workers,
+            threads=cores() if threads is None else threads,
+            ahead=prefetch * batches.groups,
+        )
 
     def __next__(self) -> dict[str, Any]:
-        if not self._iterators:
-            raise ValueError("this stream of batches has been closed.")
-        groups = [next(self._iterators[0]) for _ in range(self._groups)]
-        return _join(groups, self.replaced)
+        # Kept in self: whoever goes on after a Ctrl-C in here gets the whole batch.
+        while len(self._parts) < self._batches.groups:
+            self._parts.append(next(self._groups))
+        parts, self._parts = self._parts, []
+        mixture = self._batches.mixture
+        drawn = np.concatenate([part["components"] for part in parts])
+        for component, count in zip(*np.unique(drawn, return_counts=True)):
+            self.rows[mixture.components[component].name] += int(count)
+        kind = mixture.kind(self._batches.seed, self._step)
+        self.kind = "mixed" if kind is None else mixture.components[kind].name
+        self._step += 1
+        batch = _join(parts)
+        self.replaced.update(failure.name for failure in batch["replaced"])
+        return batch
+
+    def shares(self) -> dict[str, float | str]:
+        """For logs: `rows_<name>`, each component's share of the rows so far, and `batch`."""
+        components = self._batches.mixture.components
+        if len(components) == 1:
+            return {}
+        total = max(self.rows.total(), 1)
+        shares = {f"rows_{part.name}": self.rows[part.name] / total for part in components}
+        return shares | {"batch": self.kind}
 
     def close(self) -> None:
         """Drops what is prepared ahead and ends threads and worker processes."""
-        self._finish()
+        self._groups.close()
 
     def __enter__(self) -> "BatchStream":
         return self
@@ -213,26 +238,19 @@ class BatchStream(Iterator[dict[str, Any]]):
         self.close()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use (a container or a job often has fewer than the machine)."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _close_all(iterators: list[grain.DatasetIterator]) -> None:
-    while iterators:
-        iterators.pop().close()
-
-
-def _join(parts: list[dict[str, Any]], replaced: Counter[str] | None = None) -> dict[str, Any]:
-    """Groups of one step -> a batch; names of unreadable images become their number."""
-    names = [name for part in parts for name in part["replaced"]]
-    if replaced is not None:
-        replaced.update(names)
+def _join(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Groups of one step -> a batch."""
     batch = {
         key: np.concatenate([part[key] for part in parts])
         for key in parts[0]
-        if key not in ("triple", "replaced")
+        if key not in ("triple", "replaced", "components")
     }
-    return batch | {"triple": parts[0]["triple"], "replaced": len(names)}
+    replaced = tuple(failure for part in parts for failure in part["replaced"])
+    return batch | {"triple": parts[0]["triple"], "replaced": replaced}

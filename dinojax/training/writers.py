@@ -6,6 +6,8 @@ read.
                     Only what the training computes, so two runs can be compared bit for bit: floats
                     are written so that they read back exactly (NaN and Infinity as Python's json).
     speed.jsonl     {"step", "phase", images_per_second, mfu, ...}: what differs from run to run.
+                    Of a mixture also rows_<component>, its share of the rows since the last start
+                    (or phase), and batch, the component of the latest one ("mixed": of several).
     tensorboard/    the same scalars, and pictures.
 
 `step` is the number of steps done. All files are complete up to the last call (a killed process
@@ -68,10 +70,12 @@ class MetricsLog:
         """Results of evaluations after `step` steps."""
         self._write("metrics", "eval", step, phase, row)
 
-    def write_speed(self, step: int, phase: str, speed: Speed) -> None:
-        """What the step timer saw."""
+    def write_speed(
+        self, step: int, phase: str, speed: Speed, data: Mapping[str, Any] | None = None
+    ) -> None:
+        """What the step timer saw, and what the data told of themselves (a mixture's shares)."""
         known = {name: value for name, value in speed._asdict().items() if value is not None}
-        self._write("speed", "speed", step, phase, known)
+        self._write("speed", "speed", step, phase, known | dict(data or {}))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """A uint8 image [i, j, c]."""

@@ -72,6 +72,9 @@ class Numbered:
     def __len__(self):
         return self.count
 
+    def encoded(self, i):
+        raise NotImplementedError
+
     def image(self, i):
         return np.full((4, 4, 3), i, np.uint8)
 
@@ -92,7 +95,7 @@ def test_order_of_crops(case, sub):
     crops = Crops(4, 2, locals=v)
     batches = Batches(Numbered(b), (crops,), (1.0,), Masks(patch=2), b, b, seed=0)
     batch = batches.at(0)
-    sample = np.array([record for record, _ in batches.records(range(b))])
+    sample = batches.mixture.rows(0, 0, b).record
     for name, order, first in (
         ("global_crops", "order_global", 0),
         ("local_crops", "order_local", 1000),

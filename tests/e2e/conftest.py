@@ -47,7 +47,9 @@ def command(workdir: Path, *extra: str, config: str = str(TINY)) -> list[str]:
     return ["--config", config, "--workdir", str(workdir), *extra]
 
 
-def start(workdir: Path, *extra: str, before: Sequence[str] = ()) -> subprocess.Popen:
+def start(
+    workdir: Path, *extra: str, before: Sequence[str] = (), config: str = str(TINY)
+) -> subprocess.Popen:
     """Start the program on one device; output goes to files beside the work directory.
 
     `before` are words in front of the command.
@@ -61,7 +63,7 @@ def start(workdir: Path, *extra: str, before: Sequence[str] = ()) -> subprocess.
     }
     with workdir.with_suffix(".out").open("a") as out, workdir.with_suffix(".err").open("w") as err:
         return subprocess.Popen(
-            [*before, sys.executable, str(LAUNCHER), *command(workdir, *extra)],
+            [*before, sys.executable, str(LAUNCHER), *command(workdir, *extra, config=config)],
             cwd=ROOT,
             env=environment,
             stdout=out,

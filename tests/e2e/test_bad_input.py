@@ -109,6 +109,27 @@ def test_values_that_cannot_work(launch, tools, tmp_path, argument, words):
     refused(launch(tools.command(tmp_path / "run", argument)), tmp_path / "run", *words)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["data.source=scenes:50"], ("'scenes:50' beside a mixture of 2", "mixture='()'")),
+        (["data.mixture[0].homogeneous=.8"], ("sum to 1.1", "at most 1")),
+        (["data.mixture[0].weight=-1."], ("'scenes' has the weight -1.0",)),
+        (["data.mixture[0].weight=0", "data.mixture[1].weight=0"], ("no component has a weight",)),
+        (["data.mixture[1].name=scenes"], ("2 components are called 'scenes'",)),
+        (["data.mixture[1].wieght=2"], ("did you mean 'data.mixture[1].weight'?",)),
+        (["data.mixture[2].weight=2"], ("no key 'data.mixture[2].weight'",)),
+        (["data.mixture[1].source=scenes:9"], ("'others' has 9 images", "needs 16")),
+        (["data.mixture[1].source=foldr:x"], ("component 'others'", "'folder'")),
+        (["data.mixture=()"], ("config.data.mixture is empty", "data.source=scenes")),
+    ],
+)
+def test_mixtures_that_cannot_work(launch, tools, tmp_path, arguments, words):
+    given = [f"--config.{argument}" for argument in arguments]
+    ended = launch(tools.command(tmp_path / "run", *given, config=f"{tools.TINY}:mixture"))
+    refused(ended, tmp_path / "run", *words)
+
+
 def test_experiment_files(launch, tools, tmp_path, monkeypatch):
     monkeypatch.chdir(tools.ROOT)
     workdir = tmp_path / "run"

@@ -1,7 +1,7 @@
 """`gram_vitl.py:tiny` made smaller still, so that its three phases take seconds.
 
 A config file as any other: `python launch/run.py --config tests/e2e/tiny.py --workdir DIR`;
-`tiny.py:pretrain` stops after the first phase.
+`tiny.py:pretrain` stops after the first phase, `tiny.py:mixture` too, on two sources.
 """
 
 from pathlib import Path
@@ -43,6 +43,13 @@ def get_config(variant: str = "") -> ConfigDict:
     first.schedules.freeze_last_layer = 1
     for schedule in (second.schedules.dino_local, second.schedules.gram, third.schedules.lr):
         schedule.cosine = STEPS
-    if variant == "pretrain":
+    if variant in ("pretrain", "mixture"):
         config.phases = (first,)
+    if variant == "mixture":
+        first.steps = 2 * STEPS
+        config.data.source = ""
+        config.data.mixture = (
+            c.component("scenes", "scenes:48"),
+            c.component("others", "scenes:32?seed=1", homogeneous=0.3),
+        )
     return config

@@ -47,9 +47,10 @@ def test_rows_read_back_bit_for_bit(tmp_path):
 
 def test_speed_has_a_file_of_its_own(tmp_path):
     log = writers.MetricsLog(tmp_path)
-    log.write_speed(10, "gram", SPEED)
+    log.write_speed(10, "gram", SPEED, {"rows_a": 0.25, "batch": "mixed"})
     log.close()
     (row,) = rows(tmp_path, "speed")
+    assert row["rows_a"] == 0.25 and row["batch"] == "mixed"
     assert row["images_per_second"] == 812.4 and row["phase"] == "gram" and row["step"] == 10
     assert "peak_bytes" not in row
     assert rows(tmp_path) == []
