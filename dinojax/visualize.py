@@ -1,23 +1,24 @@
 """Pictures of patch features: PCA maps, similarity to one patch, contact sheets.
 
-Plain numpy and Pillow on arrays that are already there; called by `train.py` during a run and by
-`dinojax visualize` on a finished backbone. Every picture is a uint8 array [rows, columns, 3], which
-`save` writes.
+Plain numpy and Pillow on arrays that are already there; called by `train.py` during a run, by
+`dinojax visualize` on a finished backbone, and by `data_pictures`. Every picture is a uint8 array
+[rows, columns, 3], which `save` writes.
 """
 
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from dinojax.data.decode import UnreadableImage
 from dinojax.data.sources import Source
-from dinojax.eval.common import fit
 
 _TILE = 192  # least side of a picture in a sheet, in pixels
 _GAP = 8
@@ -45,6 +46,8 @@ def fixed_images(source: Source, count: int, size: int) -> UInt8[np.ndarray, "n 
 
     An unreadable one gives its place to the next readable one.
     """
+    from dinojax.eval.common import fit  # here, because it imports jax: sheets need none
+
     chosen: list[np.ndarray] = []
     # One further each time: an even stride may meet a single class of a source in class order.
     turns = np.arange(count)
@@ -145,7 +148,7 @@ def beside(
 
     `cross` = (down, right) as fractions of the image, marked on both.
     """
-    image = _rgb(image)
+    image = rgb(image)
     height, width = image.shape[:2]
     scale = max(1, -(-_TILE // min(height, width)))
     size = (width * scale, height * scale)
@@ -159,12 +162,12 @@ def beside(
 
 
 def contact_sheet(
-    tiles: Sequence[UInt8[np.ndarray, "i j c"]], columns: int | None = None
+    tiles: Sequence[UInt8[np.ndarray, "_ _ _"]], columns: int | None = None
 ) -> UInt8[np.ndarray, "rows cols 3"]:
     """Pictures in rows on white paper; `columns` None: about as wide as high."""
     if not len(tiles):
         raise ValueError("a contact sheet needs at least one picture; got none.")
-    tiles = [_rgb(np.asarray(tile)) for tile in tiles]
+    tiles = [rgb(np.asarray(tile)) for tile in tiles]
     height = max(tile.shape[0] for tile in tiles)
     width = max(tile.shape[1] for tile in tiles)
     if columns is None:
@@ -180,6 +183,28 @@ def contact_sheet(
     return sheet
 
 
+def captioned(
+    tile: UInt8[np.ndarray, "i j c"], lines: Sequence[str], size: int = 12
+) -> UInt8[np.ndarray, "h j 3"]:
+    """A picture with lines of text under it: the first black, the others grey.
+
+    Text that is wider than the picture loses its middle: names differ at both ends.
+    """
+    tile, height = rgb(tile), round(1.4 * size)
+    paper = Image.new("RGB", (tile.shape[1], height * len(lines) + 2), (_PAPER,) * 3)
+    draw, face = ImageDraw.Draw(paper), font(size)
+    for number, line in enumerate(lines):
+        fitted = _shortened(line, face, tile.shape[1])
+        draw.text((0, number * height + 2), fitted, (0, 0, 0) if number == 0 else (110,) * 3, face)
+    return np.concatenate([tile, np.asarray(paper)])
+
+
+@lru_cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib, `size` pixels high."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
 def save(picture: UInt8[np.ndarray, "i j 3"], path: str | Path) -> Path:
     """Writes a PNG (or what the name ends in); a reader never sees half of it."""
     path = Path(path)
@@ -193,11 +218,20 @@ def save(picture: UInt8[np.ndarray, "i j 3"], path: str | Path) -> Path:
     return path
 
 
-def _rgb(image: UInt8[np.ndarray, "i j c"]) -> UInt8[np.ndarray, "i j 3"]:
+def rgb(image: UInt8[np.ndarray, "i j c"]) -> UInt8[np.ndarray, "i j 3"]:
     """Three channels to look at: grey images tripled, further channels left out."""
     if image.shape[-1] >= 3:
         return np.ascontiguousarray(image[..., :3])
     return np.repeat(image[..., :1], 3, axis=-1)
+
+
+def _shortened(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, without as much of its middle as it takes to fit into `width` pixels."""
+    shorter, kept = text, len(text)
+    while kept > 2 and face.getlength(shorter) > width:
+        kept -= 1
+        shorter = f"{text[: kept // 2]}…{text[kept // 2 - kept :]}"
+    return shorter
 
 
 def _draw_cross(tile: Image.Image, where: tuple[float, float]) -> None:

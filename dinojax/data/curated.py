@@ -164,7 +164,7 @@ def _read(file: str) -> pa.Table:
             names = parquet.schema_arrow.names
             if "row" not in names:
                 raise ValueError(
-                    f"curated source: {file!r} has no column 'row'; {nearest('row', names)}."
+                    f"curated source: {file!r} has no column 'row'; {nearest('row', names)}"
                 )
             metadata = parquet.schema_arrow.metadata or {}
             wanted = ["row", "count", "label"] + ["source"] * (b"source" not in metadata)
@@ -289,7 +289,7 @@ def _parts(path: str) -> list[Component]:
         if name not in parts:
             raise ValueError(
                 f"mixture: {path!r} draws from {name!r}, which is none of its components; "
-                f"{nearest(name, parts)}."
+                f"{nearest(name, parts)}"
             )
     folder = storage.folder(path)
     return [
@@ -308,6 +308,6 @@ def _component(path: str, name: str | None) -> str:
         )
     if name not in files:
         raise ValueError(
-            f"curated source: {path!r} has no component {name!r}; {nearest(name, files)}."
+            f"curated source: {path!r} has no component {name!r}; {nearest(name, files)}"
         )
     return files[name]

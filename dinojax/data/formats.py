@@ -1,8 +1,8 @@
 """Bytes of one image file -> the samples stored in it, one function a family of formats.
 
-Called by `data.decode` alone, which makes uint8 pixels of them and turns whatever is raised here
-into an UnreadableImage. Nothing here prints: libjpeg's messages are exceptions (simplejpeg), the
-warnings of Pillow and tifffile are switched off.
+Called by `data.decode`, which makes uint8 pixels of them and turns whatever is raised here into an
+UnreadableImage, and by `data.survey`, which wants them as they are stored. Nothing here prints:
+libjpeg's messages are exceptions (simplejpeg), the warnings of Pillow and tifffile are off.
 """
 
 import ctypes

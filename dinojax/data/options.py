@@ -10,18 +10,18 @@ from jaxtyping import Int64
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """'did you mean ...?' for an unknown word."""
+    """'did you mean ...?' or 'there are ...' for an unknown word; it ends a sentence."""
     words = list(words)
     close = difflib.get_close_matches(word, words, 1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(words)}"
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(words)}."
 
 
 def check_options(kind: str, options: Mapping[str, str], allowed: tuple[str, ...]) -> None:
     """Raise ValueError for an option that a kind of source does not have."""
     for name in options:
         if name not in allowed:
-            hint = nearest(name, allowed) if allowed else "it takes none"
-            raise ValueError(f"{kind} source: unknown option {name!r}; {hint}.")
+            hint = nearest(name, allowed) if allowed else "it takes none."
+            raise ValueError(f"{kind} source: unknown option {name!r}; {hint}")
 
 
 def number_classes(

@@ -169,7 +169,7 @@ def split_rows(
     if not len(rows):
         names = sorted(str(s) for s in pc.unique(splits).to_pylist())
         hint = nearest(options["split"], names)
-        raise ValueError(f"{what} has no row of split {options['split']!r}; {hint}.")
+        raise ValueError(f"{what} has no row of split {options['split']!r}; {hint}")
     return rows
 
 
@@ -222,5 +222,5 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _column(schema: pa.Schema, name: str, what: str) -> str:
     if name not in schema.names:
-        raise ValueError(f"{what} has no column {name!r}; {nearest(name, schema.names)}.")
+        raise ValueError(f"{what} has no column {name!r}; {nearest(name, schema.names)}")
     return name

@@ -52,7 +52,7 @@ def open_source(spec: str) -> Source:
         kinds = sorted(n.removeprefix("_open_") for n in globals() if n.startswith("_open_"))
         if os.path.exists(spec):
             raise ValueError(f"source {spec!r} names no kind; nearest: 'folder:{spec}'.")
-        raise ValueError(f"unknown source kind {kind!r} in {spec!r}; {nearest(kind, kinds)}.")
+        raise ValueError(f"unknown source kind {kind!r} in {spec!r}; {nearest(kind, kinds)}")
     try:
         options = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)))
     except ValueError:

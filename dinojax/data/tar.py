@@ -94,10 +94,10 @@ def open_tar(where: str, options: Mapping[str, str]) -> TarSource:
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     if not starts[-1]:
         seen = sorted(extensions)
-        hint = f"its members end in {', '.join(seen)} (looked for {', '.join(EXTENSIONS)})"
+        hint = f"its members end in {', '.join(seen)} (looked for {', '.join(EXTENSIONS)})."
         if images and seen:
             hint = f"image={images[0]}: {nearest(images[0], seen)}"
-        raise ValueError(f"tar source: {where!r} holds no image; {hint}.")
+        raise ValueError(f"tar source: {where!r} holds no image; {hint}")
     classes, targets = _labels(pa.chunked_array(labels)) if labelled else (None, None)
     return TarSource(
         classes=classes,

@@ -82,7 +82,7 @@ def open_tfds(where: str, options: Mapping[str, str]) -> TfdsSource:
         files = info.splits[split].file_instructions
     except (ValueError, KeyError) as error:
         hint = nearest(split, list(info.splits))
-        raise ValueError(f"tfds source: {name!r} has no split {split!r}; {hint}.") from error
+        raise ValueError(f"tfds source: {name!r} has no split {split!r}; {hint}") from error
     if not files:
         raise ValueError(f"tfds source: split {split!r} of {name!r} is empty.")
     if not storage.local(str(files[0].filename)):
@@ -149,7 +149,7 @@ def _features(
     for asked in (image, label):
         if asked is not None and asked not in features:
             hint = nearest(asked, list(features))
-            raise ValueError(f"tfds source: {name!r} has no feature {asked!r}; {hint}.")
+            raise ValueError(f"tfds source: {name!r} has no feature {asked!r}; {hint}")
     if not isinstance(features[image], tfds.features.Image):
         raise ValueError(
             f"tfds source: feature {image!r} of {name!r} is {features[image]}, not an Image."

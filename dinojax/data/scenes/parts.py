@@ -84,7 +84,7 @@ def outline(shape: str) -> tuple[Float[np.ndarray, "corners 2"], ...]:
     return tuple(c / np.sqrt(areas[0] - sum(areas[1:])) for c in contours)
 
 
-# --- textures: 0 is the first colour, 1 the second; coordinates count cells ---------------------
+# --- textures: 0 is the first colour, 1 the second; u is a row and v a column, in cells ----------
 
 
 def _triangle_wave(x: np.ndarray) -> np.ndarray:
@@ -102,14 +102,16 @@ def _crosses(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _blobs(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Level set of a sum of waves with whole numbers of periods per tile, so that it tiles."""
+    """Level set of a sum of waves with whole numbers of periods per tile, so that it tiles.
+
+    By cos(x + y) = cos x cos y - sin x sin y the sum is two products of matrices: 0.2 s instead of
+    7.4 for the largest tile.
+    """
     generator = np.random.RandomState(7)  # the legacy stream is frozen for good
-    total = np.zeros_like(u)
-    for _ in range(24):
-        angle = generator.uniform(0, 2 * np.pi)
-        kx, ky = np.rint(6.0 * np.array([np.cos(angle), np.sin(angle)]))
-        total += np.cos(2 * np.pi * (kx * u + ky * v) / CELLS + generator.uniform(0, 2 * np.pi))
-    return total > 0
+    angle, start = generator.uniform(0, 2 * np.pi, (24, 2)).T
+    x = 2 * np.pi / CELLS * np.rint(6.0 * np.cos(angle))[:, None] * u
+    y = 2 * np.pi / CELLS * np.rint(6.0 * np.sin(angle)) * v + start
+    return np.cos(y) @ np.cos(x) > np.sin(y) @ np.sin(x)
 
 
 def _rings(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -136,15 +138,36 @@ PATTERNS = {
 def tile(texture: str, level: int) -> UInt8[np.ndarray, "i j"]:
     """One period of a texture, antialiased, with `level` texels per cell."""
     side = CELLS * level * 4
-    u, v = np.meshgrid(*[(np.arange(side) + 0.5) * (CELLS / side)] * 2)
-    drawn = np.asarray(PATTERNS[texture](u, v), np.float32) * 255
-    small = cv2.resize(drawn, (side // 4, side // 4), interpolation=cv2.INTER_AREA)
+    line = (np.arange(side) + 0.5) * (CELLS / side)
+    drawn = np.asarray(PATTERNS[texture](line[None, :], line[:, None]), np.float32) * 255
+    whole = np.ascontiguousarray(np.broadcast_to(drawn, (side, side)))
+    small = cv2.resize(whole, (side // 4, side // 4), interpolation=cv2.INTER_AREA)
     return np.rint(small).astype(np.uint8)
 
 
 def tile_level(cell_pixels: float) -> int:
     """The smallest tile that does not blur a cell drawn this many pixels wide."""
     return next((level for level in _LEVELS if level >= cell_pixels), _LEVELS[-1])
+
+
+# --- more bands than red, green and blue ---------------------------------------------------------
+
+
+@lru_cache
+def signature(colour: str, texture: str, band: int) -> tuple[float, float]:
+    """What a surface returns in band 3, 4, ... (0..255) where its texture is 0 and where it is 1.
+
+    The colour's name decides the mean over the surface (grey is 128 in all bands), the texture the
+    contrast between its two tones. Every shade of a colour is alike here: what light and dark red
+    have in common shows in these bands alone.
+    """
+    turn = band - 2
+    mean = 128 + 60 * np.cos(2.4 * turn * (1 + list(COLOURS).index(colour)))
+    contrast = 50 * np.cos(1.7 * turn * (1 + list(PATTERNS).index(texture)))
+    if colour == "grey":
+        mean = 128.0
+    first = mean - contrast * tile(texture, 16).mean() / 255
+    return float(first), float(first + contrast)
 
 
 # The classes: a shape and its texture.
