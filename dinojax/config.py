@@ -396,7 +396,8 @@ def validate(config: ConfigDict) -> None:
     if len(config.data.mean) != config.model.in_channels:
         raise ValueError(
             f"config.data.mean has {len(config.data.mean)} values for "
-            f"{config.model.in_channels} channels (config.model.in_channels)"
+            f"{config.model.in_channels} channels (config.model.in_channels); `dinojax data SPEC` "
+            f"prints the mean and std of a source"
         )
     _validate_data(config.data)
     if config.init not in ("fixed", "fan_in"):

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8, UInt32
+from ml_collections import ConfigDict
 
 Number = int | float
 PerKind = tuple[Number, Number, Number]  # first global crop, second global crop, local crops
@@ -62,6 +63,13 @@ class Photometric:
             )
         if len(self.mean) != len(self.std) or min(self.std) <= 0:
             raise ValueError(f"mean={self.mean} and std={self.std}: one of each per band, std > 0.")
+
+
+def policy(augment: ConfigDict, data: ConfigDict | None = None) -> Photometric:
+    """The policy of a config's sections `augment` and `data` (mean and std); flags make lists."""
+    values = {**augment, **({"mean": data.mean, "std": data.std} if data is not None else {})}
+    plain = {k: tuple(v) if isinstance(v, list | tuple) else v for k, v in values.items()}
+    return Photometric(**plain)
 
 
 class Draws(NamedTuple):
