@@ -20,10 +20,10 @@ from dinojax.data import photometric
 from dinojax.data.decode import UnreadableImage
 from dinojax.data.from_config import phase_batches
 from dinojax.data.masking import Masks
-from dinojax.data.mixture import SAMPLE, as_mixture
+from dinojax.data.mixture import as_mixture
 from dinojax.data.multicrop import Box, Crops, boxes
 from dinojax.data.photometric import Photometric
-from dinojax.data.pipeline import Batches
+from dinojax.data.pipeline import Batches, sample
 from dinojax.data.sources import Source
 from dinojax.data_pictures import names
 from dinojax.visualize import captioned, contact_sheet, font, rgb
@@ -51,11 +51,7 @@ def of_phase(
     groups = min(-(-count // phase.group), len(source) // phase.group)
     phase.batch_size = phase.group * groups
     batches = phase_batches(config, index, as_mixture(source), configs.patch_stride(config))
-    colour = {
-        key: tuple(value) if isinstance(value, list | tuple) else value
-        for key, value in config.augment.items()
-    }
-    return batches, Photometric(**colour)
+    return batches, photometric.policy(config.augment)
 
 
 def of_defaults(source: Source, count: int) -> tuple[Batches, Photometric]:
@@ -106,10 +102,7 @@ def read(
         except UnreadableImage:
             continue
         if image.shape[2] == batches.channels:
-            rng = np.random.default_rng(
-                [batches.seed, record, visit] + [SAMPLE + stream] * (stream > 0)
-            )
-            rng.integers(2**32, dtype=np.uint32)  # the seed of its colours
+            _, rng = sample(batches.seed, record, visit, stream)
             yield row, image, names(source, record), rng
 
 

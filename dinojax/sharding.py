@@ -5,13 +5,13 @@ parameters, moments, teacher and gram, because all of them carry the parameter's
 split over (`data`, `fsdp`) on their leading axis, whole groups to a device.
 """
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -31,21 +31,12 @@ RULES: tuple[tuple[str, str], ...] = (
 )
 
 
-def start_distributed() -> None:
-    """Join the other hosts of a pod or cluster if the environment names any; else do nothing."""
-    many_hosts = len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1
-    slurm = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in os.environ
-    if many_hosts or slurm or "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize()
-
-
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one of the three sizes may be -1 (what remains).
+def mesh_shape(count: int, data: int = 1, fsdp: int = -1, tensor: int = 1) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) over `count` devices; one of the three may be -1 (what remains).
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [name for name, size in sizes.items() if size == -1]
@@ -56,9 +47,53 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices; "
             f"nearest: data=1 fsdp={count} tensor=1 (one size may be -1)"
         )
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    return sizes["data"], sizes["fsdp"], sizes["tensor"]
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices, or over `devices`, which may be described only (a plan's).
+
+    Devices of several slices (TPUs joined by the data centre's network) are laid out so that only
+    the `data` axis crosses from one to the next: gradients cross once a step, weights never.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices, or slices do not fit.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = mesh_shape(len(devices), data, fsdp, tensor)
+    types = (AxisType.Auto,) * len(AXES)
+    slices = len({slice_of(device) for device in devices})
+    arrange = arrange_devices if slices == 1 else arrange_slices
+    return Mesh(arrange(devices, shape), AXES, axis_types=types)
+
+
+def arrange_devices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """Devices as [data, fsdp, tensor], neighbours of a TPU's torus next to one another."""
+    try:
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:  # an axis of ours is a part of one of the torus: 2 of 8 x 8 x 8
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def slice_of(device: Any) -> int:
+    """The slice a device belongs to; 0 where there are none."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def arrange_slices(devices: Sequence[Any], shape: tuple[int, int, int]) -> np.ndarray:
+    """Devices of several slices as [data, fsdp, tensor], a slice to each run of `data`."""
+    slices = len({slice_of(device) for device in devices})
+    data, fsdp, tensor = shape
+    if data % slices:
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {slices} slices of "
+            f"{len(devices) // slices} devices, between which only data may be split; nearest: "
+            f"data={slices} fsdp={len(devices) // slices} tensor=1"
+        )
+    inside = (data // slices, fsdp, tensor)
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices)
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh, shard_above: int) -> PartitionSpec:
@@ -115,6 +150,18 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def local_runs(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """Which rows of a batch this process holds: ((1, 3), 4) is the second and last of four runs.
+
+    On TPUs a host's devices need not be neighbours in the mesh, and along the tensor axis several
+    hosts may hold the same rows.
+    """
+    runs = batch_shards(mesh)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((runs,))
+    here = tuple(sorted({index[0].indices(runs)[0] for index in indices.values()}))
+    return (here, runs) if len(here) < runs else ((0,), 1)
+
+
 def constrain_batch(tree: Any) -> Any:
     """Keep the leading axis of every array split over (data, fsdp) inside a jitted step.
 
@@ -133,17 +180,24 @@ def constrain_batch(tree: Any) -> Any:
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's rows of a batch -> arrays of the whole batch, split over the mesh."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    with jax.transfer_guard_host_to_device("allow"):  # of several processes, jax calls it implicit
+        return {
+            name: jax.make_array_from_process_local_data(sharding, array)
+            for name, array in batch.items()
+        }
 
 
 def to_scalars(values: Mapping[str, float], mesh: Mesh) -> dict[str, jax.Array]:
     """Host numbers -> replicated float32 scalars (an explicit transfer; the guard is on)."""
-    return jax.device_put({k: np.float32(v) for k, v in values.items()}, replicated(mesh))
+    return {name: _replicate(np.float32(value), mesh) for name, value in values.items()}
 
 
 def to_counter(value: int, mesh: Mesh) -> jax.Array:
     """A host number -> a replicated int32 scalar."""
-    return jax.device_put(np.int32(value), replicated(mesh))
+    return _replicate(np.int32(value), mesh)
+
+
+def _replicate(value: np.generic, mesh: Mesh) -> jax.Array:
+    """A scalar onto all devices. (device_put would have all hosts compare it, at every step.)"""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback((), replicated(mesh), lambda _: np.asarray(value))

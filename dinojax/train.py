@@ -6,6 +6,7 @@ previous phase, another run, a weights file), else scratch. Called by `launch/ru
 """
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -32,7 +34,7 @@ from dinojax.data import from_config, masking, mixture, photometric, pipeline, s
 from dinojax.data.unreadable import UnreadableList
 from dinojax.eval import knn
 from dinojax.objectives import microbatch, ssl
-from dinojax.training import checkpoint, health, optim, phases, profiling, writers
+from dinojax.training import checkpoint, health, optim, phases, profiling, rundir, writers
 from dinojax.training import state as states
 
 TRY_AGAIN = 75  # exit code after a save on SIGTERM (EX_TEMPFAIL)
@@ -43,13 +45,18 @@ class Run(NamedTuple):
     """What a run is made of, all checks passed."""
 
     config: ConfigDict
-    workdir: pathlib.Path
+    home: rundir.RunDirectory
     mesh: Mesh
     networks: states.NetworkSet
     data: mixture.Mixture
     evaluator: knn.Evaluator | None
     features: Callable[..., Any]  # jitted: (backbone parameters, uint8 images) -> Features
     peak: float | None  # FLOP/s of all devices
+
+    @property
+    def workdir(self) -> pathlib.Path:
+        """Where this process writes its files."""
+        return self.home.local
 
 
 def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
@@ -60,8 +67,9 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
     """
     config = configs.resolve(config)
     configs.validate(config)
-    workdir = pathlib.Path(workdir)
-    begun = check_same_run(config, workdir)
+    home = rundir.RunDirectory(workdir, jax.process_index())
+    home.fetch()
+    begun = check_same_run(config, home)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     shards = sharding.batch_shards(mesh)
     for phase in config.phases:
@@ -73,11 +81,11 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
                 f"{max(1, phase.batch_size // (shards * config.microbatches))}"
             )
     writers.check_wandb(config.wandb)
-    augment_policy(config)  # raises on probabilities and strengths that cannot be
+    photometric.policy(config.augment, config.data)  # raises on what cannot be
     networks = states.build_networks(config)
     data = from_config.open_data(config)
     for index in range(len(config.phases)):
-        phase_batches(config, data, index)  # raises where sizes do not fit
+        phase_batches(config, data, index, mesh)  # raises where sizes do not fit
     evaluator = None
     if config.eval.knn_train:
         base = configs.first_source(config)
@@ -91,23 +99,24 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
         evaluator.bank.labels(), evaluator.queries.labels()  # raise now where there are none
     if not begun:
         check_starts(config)
-        make_workdir(workdir)  # last: a command that is refused leaves nothing behind
-    features = jax.jit(feature_function(config, networks))
+        home.check_writable()  # last: a command that is refused leaves nothing behind
+    whole = sharding.replicated(mesh)  # every process looks at all features
+    features = jax.jit(feature_function(config, networks), out_shardings=whole)
     # Measured here: on several CPU devices it must come before the mesh is set.
     peak = profiling.peak_flops(config.model.dtype)
-    return Run(config, workdir, mesh, networks, data, evaluator, features, peak)
+    return Run(config, home, mesh, networks, data, evaluator, features, peak)
 
 
-def check_same_run(config: ConfigDict, workdir: pathlib.Path) -> bool:
+def check_same_run(config: ConfigDict, home: rundir.RunDirectory) -> bool:
     """Whether a run has begun here; a run directory belongs to one config, so refuse another."""
-    saved = workdir / "config.json"
+    saved = home.local / "config.json"
     if not saved.exists():
         return False
     known = json.loads(saved.read_text())["flat"]
     changed = configs.continues(known, config)
     if changed:
         raise ValueError(
-            f"{workdir} holds a run of another config ({len(changed)} keys differ; "
+            f"{home.where} holds a run of another config ({len(changed)} keys differ; "
             f"{'; '.join(changed[:3])}); continue with its own values or give a new --workdir"
         )
     return True
@@ -131,38 +140,25 @@ def own_snapshot(source: str) -> bool:
     return source == "start" or source.startswith("step:")
 
 
-def make_workdir(workdir: pathlib.Path) -> None:
-    """Refuse a place where nothing can be written."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir {workdir} is a file; give a directory")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write into --workdir {workdir}: {error.strerror}") from None
-
-
 def train(run: Run) -> int:
     """Go through all phases; returns the exit code (0 done, 75 stopped by SIGTERM after a save)."""
-    config, workdir, mesh = run.config, run.workdir, run.mesh
+    config, home, mesh = run.config, run.home, run.mesh
     jax.set_mesh(mesh)
     stop, began = StopRequest(), time.perf_counter()
     write_config(run)
 
     # ---- where this run stands: its newest good checkpoint, if any ------------------------------
     saves = checkpoint.Checkpoints(
-        workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every
+        home.checkpoints, config.checkpoint.keep, config.checkpoint.keep_every
     )
     spans = phases.spans(config)
     state, step = restore(run, saves, spans)
-    log = writers.MetricsLog(workdir, resume_step=step, wandb=config.wandb)
+    log = writers.MetricsLog(run.workdir, resume_step=step, wandb=config.wandb)
     if step:
-        print(f"resumed at step {step:,}", flush=True)
-    print(phases.describe(config), flush=True)
+        say(f"resumed at step {step:,}")
+    say(phases.describe(config))
     if len(run.data.components) > 1:
-        print(run.data.describe(), flush=True)
+        say(run.data.describe())
 
     # ---- phase by phase --------------------------------------------------------------------------
     for span in spans:
@@ -175,16 +171,18 @@ def train(run: Run) -> int:
         state, step, stopped = train_phase(run, saves, log, span, state, step, stop)
         if stopped:
             saves.close()
-            print(f"stopped at step {step:,} after a save; run the same command to go on")
+            home.upload()
+            say(f"stopped at step {step:,} after a save; run the same command to go on")
             return TRY_AGAIN
 
     # ---- what is left behind ---------------------------------------------------------------------
     saves.close()
     log.close()
+    home.upload()
     spent = profiling.energy(time.perf_counter() - began)
-    print(f"done: {workdir}/weights/teacher.safetensors", flush=True)
+    say(f"done: {home.where}/weights/teacher.safetensors")
     if spent:
-        print(f"since the last start: {spent}", flush=True)
+        say(f"since the last start: {spent}")
     return 0
 
 
@@ -222,14 +220,15 @@ def train_phase(
             watch.observe(at + 1, row)
             warning = collapse.observe(at + 1, row)
             if warning:
-                print(warning, flush=True)
+                say(warning)
         if fetched:
             speed = timer.lap(now, span.last, work)
             log.write_speed(now, phase.name, speed, batches.shares())
             progress.update(now, row, speed)
+            run.home.upload(seldom=True)
 
     with jax.transfer_guard("disallow"), batches:
-        while step < span.last and not stop.requested:
+        while step < span.last and not stop.requested():
             with timer.waiting_for_data():
                 batch = next(batches)
             triple = int(batch.pop("triple"))
@@ -290,7 +289,7 @@ def make_step(
     fns = ssl.make_loss_fn(
         phase,
         ssl.Networks(applies, applies, networks.backbone.apply),
-        augment_policy(config),
+        photometric.policy(config.augment, config.data),
         configs.patch_stride(config),
         phase.losses.koleo_group,
         jnp.dtype(config.model.dtype),
@@ -347,16 +346,18 @@ def compile_step(step_fn: Callable[..., Any], *arguments: Any) -> None:
 # ---- data ---------------------------------------------------------------------------------------
 
 
-def phase_batches(config: ConfigDict, data: mixture.Mixture, index: int) -> pipeline.Batches:
+def phase_batches(
+    config: ConfigDict, data: mixture.Mixture, index: int, mesh: Mesh
+) -> pipeline.Batches:
     """Batches of a phase for this process; a pure function of (seed, phase, step)."""
-    host = (jax.process_index(), jax.process_count())
+    host = sharding.local_runs(mesh)
     return from_config.phase_batches(config, index, data, configs.patch_stride(config), host)
 
 
 def open_batches(run: Run, span: phases.Span, first: int) -> pipeline.BatchStream:
     """Batches of a phase from its step `first` on."""
     how = run.config.data
-    return phase_batches(run.config, run.data, span.index).stream(
+    return phase_batches(run.config, run.data, span.index, run.mesh).stream(
         first, workers=how.workers, threads=how.threads or None, prefetch=how.prefetch
     )
 
@@ -371,17 +372,6 @@ def pair(values: Sequence[float]) -> tuple[float, float]:
     """Two numbers of a config as floats (flags make tuples of whole numbers too)."""
     low, high = values
     return float(low), float(high)
-
-
-def augment_policy(config: ConfigDict) -> photometric.Photometric:
-    """The photometric policy of a config."""
-    plain = {
-        key: tuple(value) if isinstance(value, list | tuple) else value
-        for key, value in config.augment.items()
-    }
-    return photometric.Photometric(
-        mean=tuple(config.data.mean), std=tuple(config.data.std), **plain
-    )
 
 
 # ---- state --------------------------------------------------------------------------------------
@@ -444,6 +434,7 @@ def save(
     run: Run, saves: checkpoint.Checkpoints, span: phases.Span, state: states.State, step: int
 ) -> None:
     """Start an asynchronous checkpoint of everything, with what is needed to read it."""
+    run.home.upload()
     saves.save(
         step,
         state,
@@ -519,9 +510,11 @@ def evaluate(run: Run, state: states.State, log: writers.MetricsLog, step: int, 
         row = dict(knn_scores(run, state))
         log.write_eval(step, phase, row)
         tell(step, row)
-    if run.config.eval.pictures and jax.process_index() == 0:
+    if run.config.eval.pictures:
         images = pictured(run)
         seen = jax.device_get(run.features(state["teacher"]["backbone"], images).patches)
+        if jax.process_index():
+            return
         side = run.config.eval.size // configs.patch_stride(run.config)
         sheet = visualize.pca_sheet(images, np.asarray(seen, np.float32), (side, side))
         target = run.workdir / "pictures" / f"pca_{step:08d}.png"
@@ -549,9 +542,13 @@ def knn_scores(run: Run, state: states.State) -> Iterator[tuple[str, float]]:
 
 def tell(step: int, row: dict[str, float]) -> None:
     """One line for people: the accuracies of an evaluation."""
+    say(f"step {step:,}: " + "  ".join(f"{name} {value:.1f}%" for name, value in row.items()))
+
+
+def say(text: str) -> None:
+    """For people, and once: of several processes only the first speaks."""
     if jax.process_index() == 0:
-        scores = "  ".join(f"{name} {value:.1f}%" for name, value in row.items())
-        print(f"step {step:,}: {scores}", flush=True)
+        print(text, flush=True)
 
 
 def work_per_image(
@@ -589,16 +586,33 @@ def due(step: int, every: int) -> bool:
 
 
 class StopRequest:
-    """Set by SIGTERM or Ctrl-C; the loop looks at it between two steps."""
+    """SIGTERM or Ctrl-C; the loop asks between two steps.
+
+    Of several processes, any may be asked to stop: jax's preemption service hears of it and names a
+    step that none has passed, so that all stop after the same one.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._set, self._several = False, jax.process_count() > 1
+        # Not the step: a request before a resumed run's first one would name one long gone.
+        self._asked = itertools.count(1)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._set)
+            signal.signal(signal.SIGINT, self._forward if self._several else self._hear)
+            if not self._several:  # else the service has its own
+                signal.signal(signal.SIGTERM, self._hear)
 
-    def _set(self, number: int, frame: Any) -> None:
-        if self.requested:
+    def requested(self) -> bool:
+        """Whether to stop now; to be asked once before every step."""
+        if self._several and multihost_utils.reached_preemption_sync_point(next(self._asked)):
+            print("\nSIGTERM: saving, then stopping ...", flush=True)
+            self._set = True
+        return self._set
+
+    def _forward(self, number: int, frame: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self._set:
             raise KeyboardInterrupt
-        self.requested = True
+        self._set = True
         print(f"\n{signal.Signals(number).name}: saving, then stopping ...", flush=True)

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dinojax import config as configs
-from dinojax import sharding, train
+from dinojax import sharding
 from dinojax.data import from_config, photometric, pipeline
 from dinojax.data.decode import EncodedSource, UnreadableImage, decode
 from dinojax.data.multicrop import views
@@ -106,7 +106,7 @@ def device_stages(
 ) -> dict[str, float]:
     """Milliseconds an image to reach the devices, and for flip, colour, blur and normalisation."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    policy = train.augment_policy(config)
+    policy = photometric.policy(config.augment, config.data)
     crops = batches.crops[batch["triple"]]
     colour = jax.jit(
         lambda arrays: photometric.views(arrays, policy, crops.no_distortions, crops.global_size)

@@ -8,8 +8,14 @@ Every value of the config can be changed on the command line:
     --config.phases[0].steps=500                a value of the first phase
     --config experiments/gram_vitl.py:tiny      a variant the experiment file offers
 
+On several hosts, start the same command on each. How they find each other (TPU pods, GKE, Slurm,
+MPI, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID) is printed.
+
+    --preflight                                 only check that they can work together
+
 Exit codes: 0 done; 1 the run ended early (the sentence says why); 2 something in the command or
-the config cannot work, nothing was started; 75 stopped by SIGTERM or Ctrl-C after a save.
+the config cannot work, nothing was started; 75 start again to go on: stopped by SIGTERM or Ctrl-C
+after a save, or another host was lost.
 """
 
 import logging as stdlib_logging
@@ -28,6 +34,7 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run: checkpoints, metrics, pictures, weights."
 )
+PREFLIGHT = flags.DEFINE_bool("preflight", False, "Check hosts, config, data and workdir only.")
 
 
 def main(argv: list[str]) -> int:
@@ -38,19 +45,38 @@ def main(argv: list[str]) -> int:
         if flag.value is None:
             return refuse(f"--{flag.name} is missing; for example --{flag.name} {example}")
 
-    from dinojax import sharding, train  # after the flags: jax starts only when it is needed
-    from dinojax.data.decode import UnreadableImage
-    from dinojax.training import checkpoint, health
+    from dinojax import hosts  # after the flags: jax starts only when it is needed
 
     logging.set_verbosity(logging.WARNING)
     # A failed save is reported once, in a sentence, and not again for every array of it.
     sys.unraisablehook = without_echoes
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    sharding.start_distributed()
+    try:
+        team = hosts.start()
+    except ValueError as error:
+        return refuse(str(error))
+    return team.run(lambda: work(team))
+
+
+def work(team: "hosts.Team") -> int:
+    """What every host does; returns the exit code."""
+    from dinojax import config as configs
+    from dinojax import preflight, train
+    from dinojax.data.decode import UnreadableImage
+    from dinojax.training import checkpoint, health
+
+    wrong = ""
     try:
         run = train.prepare(CONFIG.value, WORKDIR.value)
     except (ValueError, checkpoint.CheckpointError) as error:
-        return refuse(str(error))
+        wrong = str(error)
+    wrong = team.agree(wrong, configs.flatten(CONFIG.value))
+    if wrong:
+        return refuse(wrong)
+    if team.index == 0:
+        print(team.describe(run.mesh), flush=True)
+    if PREFLIGHT.value:
+        return preflight.check(run, team)
     try:
         return train.train(run)
     except (
@@ -59,6 +85,7 @@ def main(argv: list[str]) -> int:
         UnreadableImage,
         OSError,
     ) as error:
+        team.wait_for_the_lost(error)
         print(f"error: {error}", file=sys.stderr)
         return 1
 

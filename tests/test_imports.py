@@ -17,6 +17,8 @@ MAY_IMPORT = {
     "losses": ("kernels.prototypes", "losses.sinkhorn"),
     "training.schedules": (),
     "sharding": (),
+    "hosts": (),
+    "preflight": ("config", "hosts", "sharding", "train"),
     "config": (),
     "startup": (),
     "convert": (),

@@ -29,7 +29,11 @@ def open_data(config: ConfigDict) -> Mixture:
 
 
 def phase_batches(
-    config: ConfigDict, index: int, mixture: Mixture, patch: int, host: tuple[int, int] = (0, 1)
+    config: ConfigDict,
+    index: int,
+    mixture: Mixture,
+    patch: int,
+    host: tuple[tuple[int, ...], int] = ((0,), 1),
 ) -> Batches:
     """The batches of phase `index` of a resolved config; `patch` is a token's side in pixels.
 

@@ -35,13 +35,22 @@ class Failure(NamedTuple):
     reason: str
 
 
+def sample(
+    seed: int, record: int, visit: int, stream: int = 0
+) -> tuple[np.uint32, np.random.Generator]:
+    """What is drawn for one image: the seed of its colours, and the generator of its crops."""
+    rng = np.random.default_rng([seed, record, visit, *([SAMPLE + stream] if stream else [])])
+    return rng.integers(2**32, dtype=np.uint32), rng
+
+
 @dataclass(frozen=True)
 class Batches:
     """All batches of a phase.
 
     `mixture` may be a bare source. `crops` are the crop sizes among which a step chooses with
-    `probabilities`; `host` is (index, number of hosts): each holds its run of consecutive rows of
-    the global batch. An image with another number of bands than `channels` counts as unreadable.
+    `probabilities`; `host` says which rows of the global batch are here: ((1, 3), 4) holds the
+    second and the last of four equal runs of rows. An image with another number of
+    bands than `channels` counts as unreadable.
     """
 
     mixture: Mixture | Source
@@ -51,18 +60,18 @@ class Batches:
     batch: int
     group: int
     seed: int
-    host: tuple[int, int] = (0, 1)
+    host: tuple[tuple[int, ...], int] = ((0,), 1)
     channels: int = 3
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mixture", as_mixture(self.mixture))
         self.mixture.validate(self.batch)
-        hosts = self.host[1]
-        if self.batch % (self.group * hosts):
-            nearest = max(1, round(self.batch / (self.group * hosts))) * self.group * hosts
+        runs = self.host[1]
+        if self.batch % (self.group * runs):
+            nearest = max(1, round(self.batch / (self.group * runs))) * self.group * runs
             raise ValueError(
-                f"a batch of {self.batch} images is not whole groups of {self.group} on each of "
-                f"{hosts} hosts; nearest: batch_size={nearest}."
+                f"a batch of {self.batch} images is not whole groups of {self.group} in each of "
+                f"{runs} equal parts; nearest: batch_size={nearest}."
             )
         if len(self.crops) != len(self.probabilities) or min(self.probabilities) < 0:
             raise ValueError(
@@ -73,7 +82,7 @@ class Batches:
     @property
     def groups(self) -> int:
         """Groups of a batch on this host."""
-        return self.batch // (self.group * self.host[1])
+        return self.batch // (self.group * self.host[1]) * len(self.host[0])
 
     def triple(self, step: int) -> int:
         """Which of the crop sizes step `step` uses; the same on every host."""
@@ -113,7 +122,9 @@ class Batches:
     def _group(self, element: int) -> dict[str, Any]:
         """Group `element` of the endless sequence of this host's groups."""
         step, k = divmod(element, self.groups)
-        index = self.host[0] * self.groups + k  # in the global batch
+        here, runs = self.host
+        run, k = divmod(k, self.groups // len(here))
+        index = here[run] * (self.batch // self.group // runs) + k  # in the global batch
         triple = self.triple(step)
         crops = self.crops[triple]
         out = {
@@ -126,10 +137,7 @@ class Batches:
         rows = self.mixture.rows(self.seed, step, self.batch, first, first + self.group)
         for row, key in enumerate(zip(*(column.tolist() for column in rows))):
             _, record, visit, stream = key
-            rng = np.random.default_rng(
-                [self.seed, record, visit, *([SAMPLE + stream] if stream else [])]
-            )
-            seeds[row] = rng.integers(2**32, dtype=np.uint32)
+            seeds[row], rng = sample(self.seed, record, visit, stream)
             # No name for the image: it must be gone when the next one comes.
             for name, pixels in views(self._readable(*key, failures), rng, crops).items():
                 out[name][row] = pixels

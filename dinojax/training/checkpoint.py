@@ -33,6 +33,7 @@ from jax.experimental import multihost_utils
 
 State = dict[str, Any]
 
+_NONE, _FAILED = -1, -2  # what process 0 tells the others instead of a step
 _SEAL, _MANIFEST, _BROKEN = "seal.json", "manifest", "broken-"
 # orbax writes these two after the seal; nothing here reads them.
 _UNSEALED = (_SEAL, "_CHECKPOINT_METADATA", "commit_success.txt")
@@ -63,7 +64,9 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ):
-        self.directory = epath.Path(directory).expanduser().absolute()
+        self.directory = epath.Path(directory)
+        if "://" not in os.fspath(directory):  # absolute() would make gs:// a local directory
+            self.directory = self.directory.expanduser().absolute()
         self.read_only = read_only
         self._keep = {"max_to_keep": keep_newest, "keep_period": keep_every or None}
         self._manager: ocp.CheckpointManager | None = None  # made by the first save
@@ -123,11 +126,19 @@ class Checkpoints:
         Damaged newer ones are set aside (as `broken-<step>`, unless `read_only`) and reported in a
         sentence; raises CheckpointError if every checkpoint is damaged.
         """
-        step = self._latest() if jax.process_index() == 0 else None
-        if jax.process_count() > 1:  # one process looks, so that all agree
-            step = int(multihost_utils.broadcast_one_to_all(np.int64(-1 if step is None else step)))
-            step = None if step < 0 else step
-        return step
+        if jax.process_count() == 1:
+            return self._latest()
+        found, failure = _FAILED, None  # one process looks, so that all agree
+        if jax.process_index() == 0:
+            try:
+                step = self._latest()
+                found = _NONE if step is None else step
+            except CheckpointError as error:
+                failure = error
+        found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
+        if found == _FAILED:
+            raise failure or CheckpointError(f"no usable checkpoint in {self.directory}")
+        return None if found == _NONE else found
 
     def _latest(self) -> int | None:
         faults: dict[int, str] = {}

@@ -133,13 +133,24 @@ def test_a_stream_from_any_step_gives_the_same_batches(threads):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_share_out_the_same_global_batch(hosts):
     whole = make(mixed(), crops=CROPS, probabilities=(0.3, 0.4, 0.3))
-    parts = [replace(whole, host=(h, hosts)) for h in range(hosts)]
+    parts = [replace(whole, host=((h,), hosts)) for h in range(hosts)]
     for step in range(4):
         expected, found = whole.at(step), [part.at(step) for part in parts]
         assert {part["triple"] for part in found} == {expected["triple"]}
         for key in expected.keys() - {"triple", "replaced"}:
             joined = np.concatenate([part[key] for part in found])
             np.testing.assert_array_equal(joined, expected[key], err_msg=key, strict=True)
+
+
+def test_a_host_may_hold_rows_that_are_not_in_one_run():
+    """Of a TPU slice of 4 x 4 chips, hosts hold blocks of 2 x 2."""
+    whole = make(batch=16, group=2)
+    part = replace(whole, host=((1, 3), 4)).at(3)
+    for key, value in whole.at(3).items():
+        if isinstance(value, np.ndarray):
+            quarters = np.split(value, 4)
+            wanted = np.concatenate([quarters[1], quarters[3]])
+            np.testing.assert_array_equal(part[key], wanted, err_msg=key)
 
 
 def test_masks_differ_between_groups_and_steps():
@@ -305,8 +316,8 @@ def test_worker_processes_give_the_same_batches(tmp_path):
     [
         ({"source": Numbered(7)}, "has 7 images, the batch needs 8; nearest: batch_size=7"),
         ({"source": mixed(Numbered(5))}, "component 'a' has 5 images, a homogeneous batch needs 8"),
-        ({"batch": 9}, "9 images is not whole groups of 2 on each of 1 hosts.*batch_size=8"),
-        ({"host": (0, 3)}, "nearest: batch_size=6"),
+        ({"batch": 9}, "9 images is not whole groups of 2 in each of 1 equal parts.*batch_size=8"),
+        ({"host": ((0,), 3)}, "nearest: batch_size=6"),
         ({"probabilities": (0.5, 0.5)}, "1 crop sizes have the probabilities"),
         ({"probabilities": (-1.0,)}, "expected one non-negative number for each"),
     ],

@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,20 +49,29 @@ def command(workdir: Path, *extra: str, config: str = str(TINY)) -> list[str]:
 
 
 def start(
-    workdir: Path, *extra: str, before: Sequence[str] = (), config: str = str(TINY)
+    workdir: Path,
+    *extra: str,
+    before: Sequence[str] = (),
+    config: str = str(TINY),
+    devices: int = 1,
+    variables: Mapping[str, str] | None = None,
+    name: str = "",
 ) -> subprocess.Popen:
-    """Start the program on one device; output goes to files beside the work directory.
+    """Start the program; output goes to files beside the work directory.
 
-    `before` are words in front of the command.
+    `before` are words in front of the command, `variables` of its environment; `name` tells apart
+    the output of several.
     """
     environment = os.environ | {
-        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    with workdir.with_suffix(".out").open("a") as out, workdir.with_suffix(".err").open("w") as err:
+    environment |= variables or {}
+    outputs = (workdir.with_suffix(f"{name}{suffix}") for suffix in (".out", ".err"))
+    with next(outputs).open("a") as out, next(outputs).open("w") as err:
         return subprocess.Popen(
             [*before, sys.executable, str(LAUNCHER), *command(workdir, *extra, config=config)],
             cwd=ROOT,
@@ -71,11 +81,54 @@ def start(
         )
 
 
-def finish(process: subprocess.Popen, workdir: Path) -> Ended:
+def finish(process: subprocess.Popen, workdir: Path, name: str = "") -> Ended:
     """Wait for the end."""
     code = process.wait(LIMIT)
-    texts = (workdir.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+    texts = (workdir.with_suffix(f"{name}{suffix}").read_text() for suffix in (".out", ".err"))
     return Ended(code, *texts)
+
+
+def start_team(
+    workdir: Path,
+    *extra: str,
+    patience: int = 60,
+    each: Sequence[Sequence[str]] = ((), ()),
+    befores: Sequence[Sequence[str]] | None = None,
+    **how: Any,
+) -> list[subprocess.Popen]:
+    """Start a process for each of `each`, its own arguments, as one run on this machine.
+
+    `befores` are the words in front of each one's command.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(len(each)),
+        "DINOJAX_PATIENCE": str(patience),
+    }
+    return [
+        start(
+            workdir,
+            *extra,
+            *own,
+            variables=variables | {"JAX_PROCESS_ID": str(number)},
+            name=f".{number}",
+            before=befores[number] if befores else (),
+            **how,
+        )
+        for number, own in enumerate(each)
+    ]
+
+
+def finish_team(processes: Sequence[subprocess.Popen], workdir: Path) -> list[Ended]:
+    """Wait for the end of all."""
+    try:
+        return [finish(process, workdir, f".{k}") for k, process in enumerate(processes)]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def interrupt(
@@ -122,7 +175,7 @@ def restored() -> Iterator[None]:
 def launcher() -> Any:
     """launch/run.py as a fresh module, without the flags of an earlier one."""
     for name in list(flags.FLAGS):
-        if name in ("workdir", "config") or name.startswith("config."):
+        if name in ("workdir", "config", "preflight") or name.startswith("config."):
             delattr(flags.FLAGS, name)
     spec = importlib.util.spec_from_file_location("dinojax_launch_run", LAUNCHER)
     module = importlib.util.module_from_spec(spec)
