@@ -196,7 +196,13 @@ def read_labels(
     label = _column(data.schema, options.get("label", "label"), what)
     column = data.to_table(columns=[label]).column(0)
     if pa.types.is_integer(column.type) and not column.null_count:
-        return _class_names(data.schema, label), column.to_numpy().astype(np.int64)[rows]
+        names = {_class_names(part.physical_schema, label) for part in data.get_fragments()}
+        if len(names) > 1:  # the first file's would be given to all
+            raise ValueError(
+                f"{what}: its files name the classes of {label!r} differently; open those of one "
+                f"list of classes at a time, or as components of a mixture."
+            )
+        return names.pop(), column.to_numpy().astype(np.int64)[rows]
     if _is_text(column.type) and not column.null_count:
         classes, targets = number_classes(column)
         return classes, targets[rows]

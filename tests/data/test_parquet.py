@@ -227,3 +227,14 @@ def test_one_sentence_says_what_is_wrong(tmp_path, shards, spec, words):
     with pytest.raises(ValueError, match=words) as caught:
         open_source(spec.format(dir=tmp_path, shards=shards))
     assert "\n" not in str(caught.value) and str(caught.value).endswith((".", "?"))
+
+
+def test_files_that_name_their_classes_differently_are_refused(tmp_path):
+    """Numbers mean other classes in each; the first file's names used to be given to all."""
+    for file, classes in (("a", ["cat", "dog"]), ("b", ["cat", "cow"]), ("c", ["cat", "dog"])):
+        table = pa.table({"image": [b"x"], "label": pa.array([1], pa.int64())})
+        table = table.replace_schema_metadata({"classes": json.dumps(classes)})
+        pq.write_table(table, tmp_path / f"{file}.parquet")
+    with pytest.raises(ValueError, match="name the classes of 'label' differently"):
+        open_source(f"parquet:{tmp_path}/*.parquet")
+    assert open_source(f"parquet:{tmp_path}/[ac].parquet").classes == ("cat", "dog")
