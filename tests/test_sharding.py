@@ -20,37 +20,31 @@ def fsdp() -> jax.sharding.Mesh:
     return sharding.make_mesh(fsdp=8)
 
 
+BOTH = ("tensor", "fsdp")
 # path, shape, what it is on fsdp=4 tensor=2, what it is on fsdp=8. Stacked layers come first.
 PLACES = [
-    (
-        "backbone/blocks/attn/qkv/kernel",
-        (3, 64, 192),
-        P(None, "fsdp", "tensor"),
-        P(None, None, "fsdp"),
-    ),
+    ("backbone/blocks/attn/qkv/kernel", (3, 64, 192), P(None, "fsdp", "tensor"), P(None, "fsdp")),
     ("backbone/blocks/attn/qkv/bias", (3, 192), P(None, "tensor"), P(None, "fsdp")),
-    ("backbone/blocks/attn/proj/kernel", (3, 64, 64), P(None, "tensor", "fsdp"), P(None, "fsdp")),
+    ("backbone/blocks/attn/proj/kernel", (3, 64, 64), P(None, BOTH), P(None, "fsdp")),
+    ("backbone/blocks/ffn/fc1/kernel", (3, 64, 256), P(None, "fsdp", "tensor"), P(None, "fsdp")),
+    ("backbone/blocks/ffn/w2/kernel", (3, 64, 256), P(None, "fsdp", "tensor"), P(None, "fsdp")),
+    ("backbone/blocks/ffn/fc2/kernel", (3, 256, 64), P(None, BOTH), P(None, "fsdp")),
+    ("backbone/blocks/ffn/w3/kernel", (3, 256, 64), P(None, BOTH), P(None, "fsdp")),
+    # 12 rows divide by the tensor axis alone, so FSDP has to take columns.
     (
-        "backbone/blocks/ffn/fc1/kernel",
-        (3, 64, 256),
-        P(None, "fsdp", "tensor"),
+        "backbone/blocks/ffn/w3/kernel",
+        (3, 12, 64),
+        P(None, "tensor", "fsdp"),
         P(None, None, "fsdp"),
     ),
-    (
-        "backbone/blocks/ffn/w2/kernel",
-        (3, 64, 256),
-        P(None, "fsdp", "tensor"),
-        P(None, None, "fsdp"),
-    ),
-    ("backbone/blocks/ffn/fc2/kernel", (3, 256, 64), P(None, "tensor", "fsdp"), P(None, "fsdp")),
-    ("backbone/blocks/ffn/w3/kernel", (3, 256, 64), P(None, "tensor", "fsdp"), P(None, "fsdp")),
     ("backbone/blocks/norm1/scale", (3, 64), P(None, "fsdp"), P(None, "fsdp")),
     ("backbone/blocks/ls1/gamma", (3, 63), P(), P()),  # 63 divides by nothing
-    ("backbone/patch_embed/kernel", (16, 16, 3, 64), P(None, None, None, "fsdp"), None),
+    ("backbone/patch_embed/kernel", (14, 14, 3, 64), P(None, None, None, "fsdp"), None),
+    ("backbone/patch_embed/kernel", (16, 16, 3, 64), P("fsdp"), None),
     ("backbone/cls_token", (1, 64), P(None, "fsdp"), P(None, "fsdp")),
     ("backbone/stages2/dwconv/kernel", (8, 7, 7, 1, 64), P(None, None, None, None, "fsdp"), None),
-    ("dino_head/last_layer/prototypes", (512, 64), P("tensor", "fsdp"), P("fsdp")),
-    ("dino_head/fc1/kernel", (64, 128), P(None, "fsdp"), P(None, "fsdp")),
+    ("dino_head/last_layer/prototypes", (512, 64), P(BOTH), P("fsdp")),
+    ("dino_head/fc1/kernel", (64, 128), P("fsdp"), P("fsdp")),
     ("step", (), P(), P()),
 ]
 
@@ -67,16 +61,16 @@ def test_the_same_rules_place_moments_and_teachers(both) -> None:
     for prefix in ("", "student/", "teacher/", "optimizer/mu/"):
         path = prefix + "backbone/blocks/attn/proj/kernel"
         found = sharding.partition(path, (3, 64, 64), both, shard_above=1)
-        assert found == P(None, "tensor", "fsdp")
+        assert found == P(None, BOTH)
     # The Gram teacher is a backbone without its name.
     found = sharding.partition("gram/blocks/attn/proj/kernel", (3, 64, 64), both, shard_above=1)
-    assert found == P(None, "tensor", "fsdp")
+    assert found == P(None, BOTH)
 
 
 def test_small_arrays_stay_whole(both) -> None:
     path, shape = "backbone/blocks/ffn/fc2/kernel", (3, 256, 64)
     size = int(np.prod(shape))
-    assert sharding.partition(path, shape, both, size) == P(None, "tensor", "fsdp")
+    assert sharding.partition(path, shape, both, size) == P(None, BOTH)
     assert sharding.partition(path, shape, both, size + 1) == P(None, "tensor")
 
 
@@ -99,7 +93,7 @@ def test_tree_shardings(both) -> None:
     assert qkv.sharding.spec == P(None, "fsdp", "tensor")
     assert qkv.addressable_shards[0].data.shape == (2, 2, 12)
     prototypes = placed["dino_head"]["last_layer"]["prototypes"]
-    assert prototypes.addressable_shards[0].data.shape == (16, 2)
+    assert prototypes.addressable_shards[0].data.shape == (4, 8)
 
 
 # ---- meshes --------------------------------------------------------------------------------------

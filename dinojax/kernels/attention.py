@@ -48,9 +48,9 @@ def attention(
 
 
 def choose(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool) -> str:
-    """What "auto" means for [n, t, h, e] on the backend at hand. (cuDNN and splash unmeasured.)"""
+    """What "auto" means for [n, t, h, e] on the platform at hand. (cuDNN and splash unmeasured.)"""
     _, t, _, e = shape
-    backend = jax.default_backend()
+    backend = platform()
     if backend == "tpu" and t >= 512:  # shorter ones lose to the padding to blocks of 128
         return "splash"
     if backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16) and not masked:
@@ -59,6 +59,15 @@ def choose(shape: tuple[int, ...], dtype: jnp.dtype, masked: bool) -> str:
         if ampere and e % 8 == 0 and e <= 128 and t >= 128:
             return "cudnn"
     return "xla"
+
+
+def platform() -> str:
+    """Where the program will run: on the mesh's devices, else on the default backend.
+
+    A plan compiles for devices that are not here (`launch/plan.py`), so the mesh comes first.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 @jax.custom_vjp
@@ -112,15 +121,16 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
     n, t, h, _ = q.shape
     keys = jnp.ones((n, t), bool) if valid is None else jnp.broadcast_to(valid, (n, t))
     mesh = jax.sharding.get_abstract_mesh()
+    kernel = functools.partial(_splash_rows, interpret=platform() != "tpu")
     if mesh.empty:
-        return _splash_rows(q, k, v, keys)
+        return kernel(q, k, v, keys)
     # A kernel is opaque to the partitioner: each device runs it on its own rows and heads.
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = ("data", "fsdp") if n % shards == 0 else None
     heads = "tensor" if h % mesh.shape["tensor"] == 0 else None
     spec = PartitionSpec(rows, None, heads)
     mapped = jax.shard_map(
-        _splash_rows,
+        kernel,
         in_specs=(spec, spec, spec, PartitionSpec(rows)),
         out_specs=spec,
         check_vma=False,
@@ -128,7 +138,7 @@ def _splash(q: Array, k: Array, v: Array, valid: Array | None) -> Array:
     return mapped(q, k, v, keys)
 
 
-def _splash_rows(q: Array, k: Array, v: Array, keys: Array) -> Array:
+def _splash_rows(q: Array, k: Array, v: Array, keys: Array, *, interpret: bool) -> Array:
     _, t, h, e = q.shape
     padded = -(-t // SPLASH_BLOCK) * SPLASH_BLOCK
     # Whole sequences to a few blocks: 512 keys at a time where that divides.
@@ -141,7 +151,7 @@ def _splash_rows(q: Array, k: Array, v: Array, keys: Array) -> Array:
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        interpret=jax.default_backend() != "tpu",
+        interpret=interpret,
     )
     pad = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, padded - t), (0, 0)))
     q, k, v = (pad(x.swapaxes(1, 2)) for x in (q * e**-0.5, k, v))

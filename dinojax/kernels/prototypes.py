@@ -6,9 +6,11 @@ So nothing here holds one unless it is small (`default_chunk`): passes over the 
 chunk at a time, and the backward pass makes its tables anew. The target term needs no table either:
     sum_k q_mk <x_n, W_k> = <x_n, sum_k q_mk W_k>,
 one contraction [m, b] per target row, whatever number of student rows is compared with it.
-Prototypes are stored [K, b], so that a chunk of them is a view. Across devices, shard them over b:
-each chunk is then gathered when its turn comes; sharded over K, the whole matrix is gathered before
-the loop (both seen in the compiled program of 8 devices). Called by `losses`.
+Prototypes are stored [K, b], so that a chunk of them is a view. Across devices they are sharded
+over K in runs, and a chunk takes its share of every device's run, so that it alone is gathered when
+its turn comes. (Neighbouring prototypes lie on few devices: for chunks of them the compiler
+gathered the whole matrix at every chunk, 1.2 TB into each of 256 chips in a 7B step.) Called by
+`losses`.
 """
 
 import functools
@@ -19,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
+
+from dinojax.sharding import gather_rows
 
 Scalar = Float[ArrayLike, ""]
 Carry = TypeVar("Carry")
@@ -46,12 +50,14 @@ class Targets(NamedTuple):
 def default_chunk(rows: int, prototypes: int) -> int:
     """Prototypes per chunk: all of them where the table is small, else 512 to 4,096.
 
-    4,096 keeps a matmul busy; many rows get fewer, so that a chunk's table has at most 2^26 entries
-    (down to 512). `rows` counts the whole array, sharded or not.
+    4,096 keeps a matmul busy; many rows get fewer, so that a device's part of a chunk's table has
+    at most 2^26 entries (down to 512). `rows` counts the whole array, sharded or not.
     """
     if rows * prototypes <= SMALL_TABLE:
         return prototypes
-    fitting = 1 << max(2**26 // rows, 1).bit_length() - 1
+    mesh = jax.sharding.get_abstract_mesh()
+    here = rows if mesh.empty else -(-rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    fitting = 1 << max(2**26 // here, 1).bit_length() - 1
     return min(max(fitting, 512), 4096, prototypes)
 
 
@@ -62,31 +68,57 @@ def product(
     return _dot(x, w, 1, 1, dtype)
 
 
+def chunk_logits(
+    x: Float[Array, "n b"], w: Float[Array, "k b"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "n k"]:
+    """`product` with a chunk of prototypes that is first gathered; not to be differentiated."""
+    return product(x, gather_rows(w.astype(dtype)), dtype)
+
+
 def scan_chunks(
     body: Callable[[Carry, tuple], tuple[Carry, Array | None]],
     carry: Carry,
     arrays: tuple[Array, ...],
     chunk: int,
 ) -> tuple[Carry, Array | None]:
-    """`lax.scan` over consecutive chunks of the leading axis; the last one may be shorter.
+    """`lax.scan` over chunks of the leading axis; the last one may be shorter.
 
     `body` gets the chunks [chunk, ...] and gives carry and an output [chunk, ...] or None; outputs
-    are joined to [K, ...].
+    are joined to [K, ...] in the order of the inputs.
     """
     size = arrays[0].shape[0]
     whole = size // chunk
     outputs = []
     if whole:
-        # K ... -> chunks chunk ...: a view while K is a multiple of the chunk
-        cut = tuple(a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in arrays)
+        strided = _runs() > 1 and size % chunk == 0 and chunk % _runs() == 0
+        cut = tuple(_cut(a[: whole * chunk], whole, chunk, strided) for a in arrays)
         carry, out = jax.lax.scan(body, carry, cut)
-        outputs.append(None if out is None else out.reshape(whole * chunk, *out.shape[2:]))
+        outputs.append(None if out is None else _join(out, strided))
     if whole * chunk < size:
         carry, out = body(carry, tuple(a[whole * chunk :] for a in arrays))
         outputs.append(out)
     if outputs[0] is None:
         return carry, None
     return carry, outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs)
+
+
+def _runs() -> int:
+    """Into how many runs of K prototypes are split across devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
+def _cut(a: Array, whole: int, chunk: int, strided: bool) -> Array:
+    """[K, ...] -> [whole, chunk, ...]: neighbours, a view; strided: every whole-th from c on."""
+    if strided:
+        return a.reshape(chunk, whole, *a.shape[1:]).swapaxes(0, 1)
+    return a.reshape(whole, chunk, *a.shape[1:])
+
+
+def _join(out: Array, strided: bool) -> Array:
+    """The inverse of `_cut`: [whole, chunk, ...] -> [K, ...]."""
+    out = out.swapaxes(0, 1) if strided else out
+    return out.reshape(out.shape[0] * out.shape[1], *out.shape[2:])
 
 
 def target_probabilities(targets: Targets, dtype: DTypeLike = jnp.float32) -> Float[Array, "m k"]:
@@ -123,7 +155,7 @@ def _terms(student, targets, prototypes, temp, chunk, dtype):
 
     def body(carry, chunks):
         lse, contracted = carry
-        w, target_w, column = chunks
+        w, target_w, column = _gathered(chunks, dtype)
         lse = jnp.logaddexp(lse, jax.nn.logsumexp(product(x, w, dtype) / temp, axis=1))
         contracted += _dot(_chunk_of(targets, target_w, column, dtype), w, 1, 0, dtype)
         return (lse, contracted), None
@@ -145,7 +177,7 @@ def _terms_backward(chunk, dtype, kept, cotangents):
     x, scale = student.astype(dtype), lse_bar / temp
 
     def body(x_bar, chunks):
-        w, target_w, column = chunks
+        w, target_w, column = _gathered(chunks, dtype)
         # d lse_n / d z_nk = p_nk: the softmax, already multiplied by what arrives at row n
         p = jnp.exp(product(x, w, dtype) / temp - lse[:, None]) * scale[:, None]
         q = _chunk_of(targets, target_w, column, dtype)
@@ -158,6 +190,12 @@ def _terms_backward(chunk, dtype, kept, cotangents):
 
 
 _terms.defvjp(_terms_forward, _terms_backward)
+
+
+def _gathered(chunks: tuple[Array, Array, Array], dtype: DTypeLike) -> tuple[Array, ...]:
+    """A chunk whole on every device, in the dtype of the products."""
+    w, target_w, column = chunks
+    return gather_rows(w.astype(dtype)), gather_rows(target_w.astype(dtype)), column
 
 
 def _chunked(prototypes: Array, targets: Targets) -> tuple[Array, Array, Array]:

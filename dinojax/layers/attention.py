@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 from dinojax.kernels.attention import CHOICES, MIXED, WEIGHTS, attention
 from dinojax.layers import rope as rope_lib
 from dinojax.layers.linear import Linear, dot
+from dinojax.sharding import split_parts, tensor_size
 
 IMPLEMENTATIONS = CHOICES  # of the product with the values, see kernels/attention.py
 SAVED = (WEIGHTS, MIXED)  # names under which rematerialisation policies know its parts
@@ -46,10 +47,15 @@ class Attention(nnx.Module):
         bias = None if self.qkv.bias is None else self.qkv.bias[...]
         if self.mask_k_bias:
             bias = bias * jnp.repeat(jnp.array([1.0, 0.0, 1.0]), d)
-        qkv = dot(x, self.qkv.kernel[...], bias)
         # A split has a concatenation as its derivative, three slices would pad and add.
-        split = (n, t, self.heads, d // self.heads)  # [n, t, 3d] -> 3 x [n, t, h, e]
-        q, k, v = (part.reshape(split) for part in jnp.split(qkv, 3, axis=-1))
+        if tensor_size() > 1:
+            bias = None if bias is None else bias.reshape(3, d)
+            qkv = dot(x, split_parts(self.qkv.kernel[...], 3), bias)  # [n, t, 3, d]
+            parts = jnp.split(qkv, 3, axis=2)
+        else:
+            parts = jnp.split(dot(x, self.qkv.kernel[...], bias), 3, axis=-1)
+        # 3 x [n, t, (1,) d] -> [n, t, h, e]
+        q, k, v = (part.reshape(n, t, self.heads, d // self.heads) for part in parts)
         if rope is not None:
             q, k = rope_lib.apply(q, rope), rope_lib.apply(k, rope)
         y = attention(q, k, v, valid=valid, implementation=self.implementation)

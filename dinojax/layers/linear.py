@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from dinojax.sharding import constrain_batch
+from dinojax.sharding import constrain_batch, gather_rows
 
 # Name under which outputs are known to rematerialisation policies (models/vit.py: REMAT).
 SAVED = "linear"
@@ -26,9 +26,11 @@ def along_last(vector: Float[Array, " d"], ndim: int) -> Float[Array, "..."]:
 
 
 @jax.custom_vjp
-def product(x: Float[Array, "*n d"], w: Float[Array, "d f"]) -> Float[Array, "*n f"]:
+def product(x: Float[Array, "*n d"], w: Float[Array, "d *f"]) -> Float[Array, "..."]:
     """x · w in float32, `w` rounded to x's dtype first. Gradients: dx in x's dtype, dw in w's."""
-    return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    numbers = (((x.ndim - 1,), (0,)), ((), ()))  # [*n, d] [d, *f] -> [*n, *f]
+    w = gather_rows(w.astype(x.dtype))
+    return jax.lax.dot_general(x, w, numbers, preferred_element_type=jnp.float32)
 
 
 def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -38,16 +40,34 @@ def _product_forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, w = saved
     # [*n, d] -> [rows, d]: contracted over several axes, XLA on CPU first transposes x, twice.
-    rows, g = x.reshape(-1, x.shape[-1]), g.astype(x.dtype).reshape(-1, g.shape[-1])
-    dx = _contract(g, w.astype(x.dtype), 1).astype(x.dtype)
-    by_rows = partial(_contract, axis=0)
-    dw = jax.lax.platform_dependent(rows, g, cpu=_contract_rows_on_cpu, default=by_rows)
-    return dx.reshape(x.shape), dw.astype(w.dtype)
+    rows, g = x.reshape(-1, x.shape[-1]), g.astype(x.dtype).reshape(-1, *w.shape[1:])
+    on_cpu = (_contract_columns, _contract_rows_on_cpu)
+    if w.ndim == 3:  # in parts, since XLA on CPU has no bf16 product over two axes
+        on_cpu = (_sum_of_parts, _stack_of_parts)
+    w16, by_rows = gather_rows(w.astype(x.dtype)), partial(_contract, axes=(0,))
+    dx = jax.lax.platform_dependent(g, w16, cpu=on_cpu[0], default=_contract_columns)
+    dw = jax.lax.platform_dependent(rows, g, cpu=on_cpu[1], default=by_rows)
+    return dx.astype(x.dtype).reshape(x.shape), dw.astype(w.dtype)
 
 
-def _contract(a: Array, b: Array, axis: int) -> Array:
-    """Product of two matrices over the same axis of both, in float32."""
-    numbers = (((axis,), (axis,)), ((), ()))
+def _contract_columns(g: Array, w: Array) -> Array:
+    """[rows, *f] and [d, *f] over all of f."""
+    return _contract(g, w, tuple(range(1, w.ndim)))
+
+
+def _sum_of_parts(g: Array, w: Array) -> Array:
+    """The same for [rows, parts, f] and [d, parts, f], one part after the other."""
+    return sum(_contract(g[:, i], w[:, i], (1,)) for i in range(w.shape[1]))
+
+
+def _stack_of_parts(rows: Array, g: Array) -> Array:
+    """[rows, d] and [rows, parts, f] over the rows."""
+    return jnp.stack([_contract_rows_on_cpu(rows, g[:, i]) for i in range(g.shape[1])], axis=1)
+
+
+def _contract(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
+    """Product of two arrays over the same axes of both, in float32."""
+    numbers = ((axes, axes), ((), ()))
     return jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.float32)
 
 
@@ -60,7 +80,7 @@ def _contract_rows_on_cpu(a: Array, b: Array) -> Array:
     n, d = a.shape
     block = d if d <= 128 else math.gcd(d, 128)
     if a.dtype != jnp.bfloat16 or block < 16:
-        return _contract(a, b, 0)
+        return _contract(a, b, (0,))
     blocks = a.reshape(n, d // block, block).swapaxes(0, 1)
     eye = jnp.eye(block, dtype=a.dtype)
     across = jnp.einsum("xy,jny->jxn", eye, blocks, preferred_element_type=jnp.float32)
@@ -71,8 +91,8 @@ product.defvjp(_product_forward, _product_backward)
 
 
 def dot(
-    x: Float[Array, "*n d"], w: Float[Array, "d f"], bias: Float[Array, " f"] | None = None
-) -> Float[Array, "*n f"]:
+    x: Float[Array, "*n d"], w: Float[Array, "d *f"], bias: Float[Array, "*f"] | None = None
+) -> Float[Array, "..."]:
     """x · w + bias, rounded once, to the dtype of `x`; the bias gradient is summed in float32.
 
     On a mesh rows stay split and the weight is gathered. Left to itself the partitioner may split
@@ -81,7 +101,7 @@ def dot(
     x = constrain_batch(x)
     y = product(x, w)
     if bias is not None:
-        y = y + along_last(bias, y.ndim)
+        y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
     return checkpoint_name(constrain_batch(y.astype(x.dtype)), SAVED)
 
 

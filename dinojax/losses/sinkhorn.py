@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from dinojax.kernels.prototypes import Potentials, Scalar, default_chunk, product, scan_chunks
+from dinojax.kernels.prototypes import (
+    Potentials,
+    Scalar,
+    chunk_logits,
+    default_chunk,
+    product,
+    scan_chunks,
+)
 
 
 def sinkhorn(logits: Float[Array, "m k"], temp: Scalar, iterations: int = 3) -> Float[Array, "m k"]:
@@ -48,7 +55,7 @@ def sinkhorn_potentials(
 
     def iteration(_, potentials):
         def body(row_sums, chunks):
-            column, part = _normalise(product(x, chunks[0], dtype) / temp, potentials.rows)
+            column, part = _normalise(chunk_logits(x, chunks[0], dtype) / temp, potentials.rows)
             return jnp.logaddexp(row_sums, part), column
 
         row_sums, columns = scan_chunks(body, jnp.full(rows, -jnp.inf), (w,), chunk)
@@ -73,7 +80,7 @@ def centering_potentials(
 
     def body(row_sums, chunks):
         w_chunk, part = chunks
-        z = product(x, w_chunk, dtype) / temp + part[None, :]
+        z = chunk_logits(x, w_chunk, dtype) / temp + part[None, :]
         return jnp.logaddexp(row_sums, jax.nn.logsumexp(z, axis=1)), None
 
     row_sums, _ = scan_chunks(body, jnp.full(rows, -jnp.inf), (w, column), chunk)

@@ -51,3 +51,19 @@ def test_initial_values():
 
 def test_along_last():
     assert along_last(jnp.ones(5), 3).shape == (1, 1, 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weight_of_several_parts(dtype):
+    """[d, parts, f] gives the columns of [d, parts * f], and the same gradients."""
+    x, w, bias, g = inputs(20, dtype)
+    y, vjp = jax.vjp(dot, x, w, bias)
+    parts, vjp_parts = jax.vjp(dot, x, w.reshape(20, 3, 8), bias.reshape(3, 8))
+    np.testing.assert_array_equal(parts.reshape(y.shape), y)
+    for a, b in zip(vjp_parts(g.reshape(parts.shape)), vjp(g)):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float32).reshape(b.shape),
+            np.asarray(b, np.float32),
+            rtol=2e-2 if dtype == "bfloat16" else 1e-5,
+            atol=1e-5,
+        )
