@@ -11,7 +11,7 @@ setup(
     description="Self-supervised pretraining of DINOv3-style backbones in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["dinojax", "dinojax.*"]),
+    packages=find_packages(include=["dinojax", "dinojax.*", "data_curation", "data_curation.*"]),
     install_requires=[
         "absl-py>=2.1,<3",
         "array-record>=0.8,<0.9",
@@ -45,6 +45,7 @@ setup(
         # Images in buckets and on web servers; in TIFFs of unusual compression.
         "cloud": ["aiohttp>=3.10,<4", "gcsfs>=2025.3", "s3fs>=2025.3"],
         "tiff": ["imagecodecs>=2025.3"],
+        "plan": ["libtpu>=0.0.40,<0.1"],  # compiles for TPUs that are not here (launch/plan.py)
         "tfds": TFDS,  # tfds:NAME sources; read without TensorFlow, but a large installation
         "eval": TFDS,  # labelled public data sets to evaluate on
         "test": TEST,

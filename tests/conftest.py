@@ -44,7 +44,7 @@ jax.config.update(
 
 # Shapes and dtypes in annotations are checked at run time in tests, never in training runs. The
 # hook works on modules imported after it: `dinojax` must not be imported above this line.
-install_import_hook("dinojax", "beartype.beartype")
+install_import_hook(["dinojax", "data_curation"], "beartype.beartype")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

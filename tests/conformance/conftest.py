@@ -35,9 +35,9 @@ def vectors_dir(pytestconfig: pytest.Config) -> Path:
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     """Says which arrays no test of this session looked at."""
     directory = _directory(config)
-    for file in sorted(directory.glob("*.npz")):
-        names = set(vectors.arrays(directory, file.stem))
-        unread = sorted(n for n in names if (str(directory), file.stem, n) not in vectors.READ)
+    for file in sorted([*directory.glob("*.npz"), *directory.glob("curation/*.npz")]):
+        names = set(vectors.arrays(file.parent, file.stem))
+        unread = sorted(n for n in names if (str(file.parent), file.stem, n) not in vectors.READ)
         if 0 < len(unread) < len(names):
             shown = ", ".join(unread[:8]) + (", ..." if len(unread) > 8 else "")
             terminalreporter.write_line(

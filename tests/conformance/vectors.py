@@ -14,6 +14,9 @@ temperatures:
     @vectors.files("vit_*")  # one per file, arrays under their full names
     def test_model(case): case["params/cls_token"], case.meta["params"]
 
+    @vectors.files("curation/hkm*")  # files of DIR/curation, or of DIR if it has no such folder
+    def test_levels(case): case["X"]
+
 A topic whose file is missing is skipped in words.
 """
 
@@ -90,6 +93,16 @@ def table(directory: Path, name: str) -> dict:
     return json.loads(file.read_text())
 
 
+def located(directory: Path, pattern: str) -> tuple[Path, str]:
+    """Where the files of a pattern are, and the pattern there.
+
+    `curation/X` is X of DIR/curation; of DIR itself if that holds the files of the folder.
+    """
+    *folders, name = pattern.split("/")
+    below = Path(directory, *folders)
+    return (below if below.is_dir() else Path(directory)), name
+
+
 def topic(directory: Path, name: str) -> dict[str, Case]:
     """`topic(dir, "koleo")["b8"]["x"]`: all cases of one file, in file order."""
     names = dict.fromkeys(k.split("/")[0] for k in arrays(Path(directory), name))
@@ -114,7 +127,8 @@ def generate(metafunc: pytest.Metafunc, directory: Path) -> None:
     mark = metafunc.definition.get_closest_marker("vectors")
     if mark is None:
         return
-    pattern, sub, whole = mark.args[0], mark.kwargs["sub"], mark.kwargs["whole"]
+    directory, pattern = located(directory, mark.args[0])
+    sub, whole = mark.kwargs["sub"], mark.kwargs["whole"]
     found = sorted(f.stem for f in directory.glob("*.npz") if fnmatch.fnmatch(f.stem, pattern))
     params = []
     for name in found:
