@@ -3,27 +3,33 @@
     b = dinojax.load("runs/a")          # a run directory, RUN@STEP, or a weights file or its folder
     f = b.features(images)              # f.cls [n, d], f.patches [n, p, d], f.storage [n, r, d]
 
+All of them lie on a disk or in a bucket (`gs://bucket/runs/a`).
+
 The file format is one safetensors file of float32 arrays named by parameter path
 (`backbone/blocks/attn/qkv/kernel`), with the model's settings as metadata. `train.py` writes it
 (`save_weights`) and starts phases from it (`load_params`).
 """
 
+import contextlib
 import importlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dinojax import __version__
 from dinojax.sharding import path_name
-from dinojax.training.checkpoint import Checkpoints
+from dinojax.training.checkpoint import CheckpointError, Checkpoints
 
 Params = dict[str, Any]
 
@@ -31,6 +37,8 @@ _FORMAT = "dinojax-1"
 _DTYPES = ("float32", "bfloat16")
 _SECTIONS = ("model", "dino_head", "ibot_head")
 _CONVNEXT_STRIDE = 32
+_SCHEMES = ("gs", "s3")  # buckets that weights are read from; those of runs: `training.rundir`
+_REQUEST = 1 << 26  # bytes asked of a bucket at a time
 
 
 class Features(NamedTuple):
@@ -71,6 +79,7 @@ class Backbone:
             seen = network.apply(params, ((pixels - mean) / std,))[0]
             return tuple(x.astype(np.float32) for x in (seen.cls, seen.patches, seen.storage))
 
+        self.forward = forward  # for `features.py`, which pools before anything is fetched
         self._forward = jax.jit(forward)  # one compile for each shape of a chunk
 
     def features(self, images: Any, batch: int = 32) -> Features:
@@ -136,7 +145,7 @@ def load(
     """The backbone of a run directory (its EMA teacher) or of a weights file.
 
     Args:
-        source: RUN, RUN@STEP, a `.safetensors` file, or a folder that holds one.
+        source: RUN, RUN@STEP, a `.safetensors` file, or a folder that holds one; a path or a URL.
         dtype: "float32" or "bfloat16" for the computation; None: as in training.
         step: of the checkpoint of a run (None: the newest good one).
     """
@@ -171,12 +180,36 @@ def load_params(source: str | os.PathLike[str], like: Params, step: int | None =
 def read(
     source: str | os.PathLike[str], step: int | None = None, part: str = ""
 ) -> tuple[dict[str, np.ndarray], Settings]:
-    """Arrays by parameter path (of one `part`, such as "backbone"), and what else is needed."""
+    """Arrays by parameter path (of one `part`, such as "backbone"), and what else is needed.
+
+    Raises:
+      ValueError, CheckpointError: one sentence.
+    """
     text = os.fspath(source)
-    path = Path(text)
+    scheme, url, _ = text.partition("://")
+    if not url:
+        return _read(text, step, part)
+    if scheme not in _SCHEMES:
+        raise ValueError(
+            f"{text}: weights are read from a disk or a bucket of gs:// or s3://, not {scheme}://"
+        )
+    try:
+        return _read(text, step, part)
+    except (ValueError, CheckpointError):
+        raise
+    except ImportError:
+        raise ValueError(f"{text} needs more packages: pip install 'dinojax[cloud]'") from None
+    except Exception as error:  # the libraries of the clouds raise every kind
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{text} cannot be read: {reason}") from error
+
+
+def _read(source: str, step: int | None, part: str) -> tuple[dict[str, np.ndarray], Settings]:
+    text = source
+    path = epath.Path(text)
     if not path.exists() and "@" in text:
         text, _, number = text.rpartition("@")
-        path = Path(text)
+        path = epath.Path(text)
         if not number.isdigit() or step is not None:
             raise ValueError(f"{source}: after the @ a step is expected, as in {text}@1000.")
         step = int(number)
@@ -186,7 +219,9 @@ def read(
         return _read_run(path, step, part)
     if step is not None:
         raise ValueError(f"step {step} was asked for, but {path} is not a run directory.")
-    return _read_file(_weights_in(path), part)
+    found = _weights_in(path)
+    with _on_disk(found) as file:
+        return _read_file(file, part, found)
 
 
 def save_weights(
@@ -213,18 +248,21 @@ def save_weights(
         temporary.unlink(missing_ok=True)
 
 
-def _read_run(run: Path, step: int | None, part: str) -> tuple[dict[str, np.ndarray], Settings]:
+def _read_run(
+    run: epath.Path, step: int | None, part: str
+) -> tuple[dict[str, np.ndarray], Settings]:
     """From weights/teacher.safetensors, unless a checkpoint of the run is newer."""
-    written = run / "weights" / "teacher.safetensors"
-    written_step = _settings_of(written).step if written.is_file() else None
     saves = Checkpoints(run / "checkpoints", read_only=True)  # the run may be in flight
-    if step is None:
-        steps = [saves.latest(), written_step]
-        step = max((one for one in steps if one is not None), default=None)
-    if step is None:
-        raise ValueError(f"{run} holds no checkpoint and no weights yet.")
-    if step == written_step:
-        return _read_file(written, part)
+    written = run / "weights" / "teacher.safetensors"
+    with _on_disk(written) as file:
+        written_step = _settings_of(file, written).step if file.is_file() else None
+        if step is None:
+            steps = [saves.latest(), written_step]
+            step = max((one for one in steps if one is not None), default=None)
+        if step is None:
+            raise ValueError(f"{run} holds no checkpoint and no weights yet.")
+        if step == written_step:
+            return _read_file(file, part, written)
     if step not in saves.steps():
         raise ValueError(f"{run} has no checkpoint of step {step}; it has {saves.steps()}.")
     teacher = saves.restore_item(step, f"teacher/{part}" if part else "teacher")
@@ -240,10 +278,10 @@ def _settings(config: Mapping[str, Any], step: int) -> Settings:
     return Settings(sections, list(config["data"]["mean"]), list(config["data"]["std"]), int(step))
 
 
-def _weights_in(path: Path) -> Path:
+def _weights_in(path: epath.Path) -> epath.Path:
     if path.is_file():
         return path
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.iterdir() if file.suffix == ".safetensors")
     if len(files) != 1:
         raise ValueError(
             f"{path} is no run directory (no config.json in it) and holds {len(files)} "
@@ -252,22 +290,37 @@ def _weights_in(path: Path) -> Path:
     return files[0]
 
 
-def _settings_of(path: Path) -> Settings:
+@contextlib.contextmanager
+def _on_disk(path: epath.Path) -> Iterator[Path]:
+    """The file; of a bucket's, a copy for as long as it is needed: safetensors maps files."""
+    if "://" not in str(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="dinojax-") as folder:
+        copy = Path(folder, path.name)
+        if path.exists():
+            with path.open("rb") as there, copy.open("wb") as here:
+                shutil.copyfileobj(there, here, _REQUEST)
+        yield copy
+
+
+def _settings_of(file: Path, name: epath.Path) -> Settings:
+    """`name` is what to call the file in errors: it may be a copy of another one."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from None
+        raise ValueError(f"{name} is not a readable safetensors file: {error}.") from None
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path} was not written by dinojax; expected format {_FORMAT!r}.")
+        raise ValueError(f"{name} was not written by dinojax; expected format {_FORMAT!r}.")
     return Settings(**json.loads(metadata["settings"]))
 
 
-def _read_file(path: Path, part: str) -> tuple[dict[str, np.ndarray], Settings]:
-    settings = _settings_of(path)
-    with safe_open(path, framework="numpy") as file:
-        names = [name for name in file.keys() if not part or name.startswith(part + "/")]
-        return {name: file.get_tensor(name) for name in names}, settings
+def _read_file(file: Path, part: str, name: epath.Path) -> tuple[dict[str, np.ndarray], Settings]:
+    settings = _settings_of(file, name)
+    with safe_open(file, framework="numpy") as opened:
+        names = [key for key in opened.keys() if not part or key.startswith(part + "/")]
+        return {key: opened.get_tensor(key) for key in names}, settings
 
 
 def _nested(flat: Mapping[str, np.ndarray]) -> Params:

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from dinojax.verbs.common import SOURCES
 
-VERBS = ("data",)
+VERBS = ("data", "features")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

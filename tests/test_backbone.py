@@ -8,6 +8,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 
 import dinojax
@@ -216,6 +218,62 @@ def test_missing_steps_end_in_a_sentence(run, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no checkpoint and no weights yet"):
         dinojax.load(tmp_path)
+
+
+class Bucket(MemoryFileSystem):
+    """Files of gs:// in memory."""
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).replace("gs://", "memory://", 1))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setattr(type(backend.fsspec_backend), "fs", lambda self, path: files)
+    files = Bucket()
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]
+
+
+@pytest.mark.parametrize("path", ["a/teacher.safetensors", "a", "runs/x", "runs/x@6"])
+def test_weights_in_a_bucket(bucket, run, path):
+    """A file, its folder, a run (whose checkpoints orbax reads, and not from this bucket)."""
+    written = (run / "weights" / "teacher.safetensors").read_bytes()
+    bucket.pipe_file("/b/a/teacher.safetensors", written)
+    bucket.pipe_file("/b/runs/x/weights/teacher.safetensors", written)
+    bucket.pipe_file("/b/runs/x/config.json", b"{}")
+    found, settings = backbone.read(f"gs://b/{path}", part="backbone")
+    assert settings.step == 6
+    assert_same_tree(backbone._nested(found), fresh(6))
+
+
+def test_a_bucket_that_cannot_be_read(bucket, weights, monkeypatch):
+    with pytest.raises(ValueError, match="gs://b/x does not exist; expected a run directory"):
+        backbone.read("gs://b/x")
+    with pytest.raises(ValueError, match="a bucket of gs:// or s3://, not https://"):
+        backbone.read("https://host/teacher.safetensors")
+    bucket.pipe_file("/b/cut.safetensors", weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="^gs://b/cut.safetensors is not a readable safetensors"):
+        backbone.read("gs://b/cut.safetensors")
+    bucket.pipe_file("/b/run/config.json", b"{}")
+    bucket.pipe_file("/b/run/checkpoints/4/seal.json", b"{}")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 5; it has \[4\]"):
+        backbone.read("gs://b/run@5")
+
+    def fail(error):
+        def fs(self, path):
+            raise error
+
+        monkeypatch.setattr(type(backend.fsspec_backend), "fs", fs)
+
+    fail(PermissionError("403: no storage.objects.get\nand more"))
+    with pytest.raises(ValueError, match="^gs://b/x cannot be read: 403: no storage.objects.get$"):
+        backbone.read("gs://b/x")
+    fail(ImportError("gcsfs"))
+    with pytest.raises(ValueError, match=r"needs more packages: pip install 'dinojax\[cloud\]'"):
+        backbone.read("gs://b/x")
 
 
 @pytest.mark.parametrize("kind", ["file", "checkpoint"])
