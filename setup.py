@@ -3,7 +3,11 @@
 from setuptools import find_packages, setup
 
 TFDS = ["tensorflow-datasets>=4.9.7,<5"]
-TEST = ["aiohttp>=3.10,<4", "beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"]
+NOTEBOOKS = ["ipykernel>=6.29,<8", "nbclient>=0.10,<1", "nbformat>=5.10,<6"]
+TEST = [
+    *("aiohttp>=3.10,<4", "beartype>=0.20,<1", "pytest>=8,<10", "scipy>=1.14,<2"),
+    *NOTEBOOKS,  # which are tests too
+]
 
 setup(
     name="dinojax",
