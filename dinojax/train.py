@@ -99,7 +99,7 @@ def prepare(config: ConfigDict, workdir: str | os.PathLike[str]) -> Run:
         evaluator.bank.labels(), evaluator.queries.labels()  # raise now where there are none
     if not begun:
         check_starts(config)
-        home.check_writable()  # last: a command that is refused leaves nothing behind
+    home.check_writable()  # last: a command that is refused leaves nothing behind
     whole = sharding.replicated(mesh)  # every process looks at all features
     features = jax.jit(feature_function(config, networks), out_shardings=whole)
     # Measured here: on several CPU devices it must come before the mesh is set.
@@ -226,6 +226,7 @@ def train_phase(
             log.write_speed(now, phase.name, speed, batches.shares())
             progress.update(now, row, speed)
             run.home.upload(seldom=True)
+        saves.check()
 
     with jax.transfer_guard("disallow"), batches:
         while step < span.last and not stop.requested():

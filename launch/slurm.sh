@@ -25,7 +25,8 @@ Two nodes of eight GPUs, four hours at a time, for as long as the run takes:
   stop      the run saves and ends, and does not queue again (scancel alone would not let it save)
 
 Two minutes before its time is over the job gets SIGTERM, saves, ends with exit code 75 and queues
-itself again; it goes on from there, with the code it was submitted with.
+itself again; it goes on from there, with the code it was submitted with. It also queues again when
+a process of it was killed (137, 143: mostly for want of memory), from its last checkpoint.
 
   --base DIR              directory that login and compute nodes share: code, packages, logs
   --nodes N               how many nodes
@@ -36,7 +37,7 @@ itself again; it goes on from there, with the code it was submitted with.
   --sbatch=--OPTION=VALUE one more option of sbatch, such as --sbatch=--constraint=infiniband
   --name NAME             of the job (default: dinojax)
   --job ID                for status, logs, stop (default: the last one submitted from DIR)
-  --restarts N            queue again at most so often (default: 50)
+  --restarts N            queue again at most so often, for whatever reason (default: 50)
   --python PROGRAM        a Python of 3.11 or newer for setup (default: python3)
   --allow-dirty           copy the last commit although files differ from it
   --dry-run               print the commands, send none
@@ -85,7 +86,11 @@ code=0
 srun --ntasks=$((nodes * gpus)) --cpus-per-task=$cpus_per_gpu --gpu-bind=none \\
   --kill-on-bad-exit=0 --wait=300 \\
   $(quoted "$base/venv/bin/python" launch/run.py "${run_args[@]}") || code=\$?
-if [[ \$code == 75 && \$cancelled == no ]] && ((\${SLURM_RESTART_COUNT:-0} < $restarts)); then
+case \$code in
+  75 | 137 | 143) again=yes ;; # saved; a process killed, by SIGKILL or SIGTERM
+  *) again=no ;;
+esac
+if [[ \$again\$cancelled == yesno ]] && ((\${SLURM_RESTART_COUNT:-0} < $restarts)); then
   scontrol requeue "\$SLURM_JOB_ID"
 fi
 exit "\$code"

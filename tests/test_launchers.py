@@ -1010,9 +1010,13 @@ def test_setup_of_the_cluster(desk: Desk, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ended", "restarted", "queued_again"),
-    [(75, 0, True), (75, 50, False), (0, 0, False), (1, 0, False), (137, 0, False)],
+    [
+        *((75, 0, True), (75, 49, True), (75, 50, False)),
+        *((137, 0, True), (137, 50, False), (143, 0, True), (143, 50, False)),
+        *((0, 0, False), (1, 0, False), (2, 0, False), (134, 0, False)),
+    ],
 )
-def test_the_job_queues_again_after_a_save_only(
+def test_the_job_queues_again_after_a_save_or_a_kill_so_many_times(
     desk: Desk, base: Path, ended: int, restarted: int, queued_again: bool
 ) -> None:
     desk.run("slurm.sh", "submit", *job_options(base), "--", *TRAIN)
@@ -1028,12 +1032,18 @@ def test_the_job_queues_again_after_a_save_only(
     assert after == ([["scontrol", "requeue", "1234"]] if queued_again else [])
 
 
-def test_the_job_does_not_queue_again_when_it_was_cancelled(desk: Desk, base: Path) -> None:
-    """`stop` signals the job script first; the run then saves and ends with 75 all the same."""
+@pytest.mark.parametrize("ended", [75, 143])
+def test_the_job_does_not_queue_again_when_it_was_cancelled(
+    desk: Desk, base: Path, ended: int
+) -> None:
+    """`stop` signals the job script first; the run then saves and ends with 75 all the same.
+
+    So does `scancel` alone, which kills it without a save: 143.
+    """
     desk.run("slurm.sh", "submit", *job_options(base), "--", *TRAIN)
     desk.forget()
-    run = 'touch "$HOME/begun"\nuntil [[ -e $HOME/end ]]; do sleep 0.05; done\nexit 75\n'
-    (desk.tools / "srun").write_text(f"#!/usr/bin/env bash\n{run}")
+    run = 'touch "$HOME/begun"\nuntil [[ -e $HOME/end ]]; do sleep 0.05; done\n'
+    (desk.tools / "srun").write_text(f"#!/usr/bin/env bash\n{run}exit {ended}\n")
     job = subprocess.Popen(
         ["bash", str(base / "jobs" / "my__run_.sbatch")],
         env={**desk.environment, "SLURM_JOB_ID": "1234"},
@@ -1043,7 +1053,7 @@ def test_the_job_does_not_queue_again_when_it_was_cancelled(desk: Desk, base: Pa
     time.sleep(0.2)
     assert job.poll() is None, "it waits for the save"
     (desk.folder / "end").touch()
-    assert job.wait(timeout=20) == 75
+    assert job.wait(timeout=20) == ended
     assert desk.calls() == []
 
 

@@ -1,6 +1,7 @@
 """Several hosts: processes on this machine that find each other, agree, stop and die."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,20 @@ def test_preflight_finds_a_config_that_cannot_work_on_one_host(tools, tmp_path, 
 
 
 @pytest.mark.slow
+def test_preflight_finds_a_wrong_clock(tools, tmp_path, pretrain):
+    """The second host's is a minute late: a module that Python loads first sets it back."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time\nright = time.time\ntime.time = lambda: right() - 60\n"
+    )
+    late = ("env", f"PYTHONPATH={tmp_path}:{tools.ROOT}")
+    ended = preflight(tools, tmp_path / "run", pretrain, befores=((), late))
+    for one in ended:
+        assert one.code == 1
+        assert re.search(r"host 1 \(.*\) is (59|6\d) s behind host 0", one.sentence())
+    assert "no  clocks: host 1 (" in ended[0].out and ended[0].out.count("ok  ") == 4
+
+
+@pytest.mark.slow
 def test_preflight_finds_a_directory_of_another(tools, tmp_path, pretrain):
     each = ((), ("--workdir", str(tmp_path / "other")))
     ended = preflight(tools, tmp_path / "run", pretrain, each=each)
@@ -213,6 +228,21 @@ def test_a_failure_on_one_host_ends_all(tools, tmp_path, pretrain):
     assert first.code == second.code == 1, first.err + second.err
     assert "unreadable.1.txt" in second.sentence()
     assert "host 1 (" in first.sentence() and "has ended" in first.sentence()
+
+
+@pytest.mark.slow
+def test_a_host_that_cannot_write_its_part_of_a_checkpoint(tools, tmp_path, pretrain):
+    """Known at the next step; orbax would have both wait for one another for 20 minutes."""
+    workdir = tmp_path / "run"
+    limited = ("sh", "-c", 'ulimit -f 40; exec "$@"', "sh")  # 20 kB of a file, as on a full disk
+    how = {"devices": 4, "befores": ((), limited), **pretrain}
+    team = tools.start_team(workdir, NO_KOLEO, *EACH_STEP, **how)
+    first, second = tools.finish_team(team, workdir)
+    assert first.code == second.code == 1, first.err + second.err
+    assert "the checkpoint of step 1 could not be written" in second.sentence()
+    assert "file too large" in second.sentence()
+    assert "host 1 (" in first.sentence() and "has ended" in first.sentence()
+    assert len(tools.rows(workdir)) <= 2
 
 
 @pytest.mark.slow

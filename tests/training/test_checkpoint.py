@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -214,7 +215,7 @@ def test_arrays_may_be_donated_at_once(tmp_path):
 
 
 CHILD = """
-    import jax, resource, signal, sys
+    import jax, os, resource, signal, sys, time
     import jax.numpy as jnp
     from dinojax.training.checkpoint import CheckpointError, Checkpoints
     checkpoints = Checkpoints(sys.argv[1], keep_newest=2)
@@ -233,17 +234,33 @@ SAVE_ON_A_FULL_DISK = """
     try:
         noise = jax.random.normal(jax.random.key(0), (300, 1000))
         checkpoints.save(2, {"teacher": {"x": noise}}, {})
-        checkpoints.wait()
+        LEARN
     except CheckpointError as error:
         print(error)
     checkpoints.close()
 """
+ONE_OF_TWO_ON_A_FULL_DISK = """
+    jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), initialization_timeout=60)
+    mesh = jax.make_mesh((2,), ("fsdp",), (jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    noise = jax.random.normal(jax.random.key(0), (1, 300_000))
+    state = {"x": jax.make_array_from_process_local_data(split, noise)}
+    if jax.process_index() == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    checkpoints.save(1, {"teacher": state}, {})
+    try:
+        checkpoints.wait()
+    except CheckpointError as error:
+        print(error, flush=True)
+    os._exit(0)
+"""
 
 
-def child(body, directory):
+def child(body, directory, *arguments):
     code = textwrap.dedent(CHILD).replace("{body}", textwrap.dedent(body))
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(directory)],
+        [sys.executable, "-c", code, str(directory), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -269,10 +286,30 @@ def test_killed_at_any_moment(tmp_path):
     assert not [p for p in os.listdir(tmp_path) if "tmp" in p]
 
 
-def test_full_disk_is_one_sentence_and_keeps_the_old_one(tmp_path):
-    out, errors = child(SAVE_ON_A_FULL_DISK, tmp_path).communicate()
+@pytest.mark.parametrize(
+    "learn", ["checkpoints.wait()", "while checkpoints.check() is None: time.sleep(0.01)"]
+)
+def test_full_disk_is_one_sentence_and_keeps_the_old_one(tmp_path, learn):
+    body = SAVE_ON_A_FULL_DISK.replace("LEARN", learn)
+    out, errors = child(body, tmp_path).communicate(timeout=120)
     assert "step 2 could not be written" in out and "file too large" in out
     assert "the one of step 1 is kept" in out and out.count("\n") == 1
     assert errors == ""
     assert os.listdir(tmp_path) == ["1"]
     assert Checkpoints(tmp_path).latest() == 1
+
+
+def test_of_two_hosts_the_one_with_a_full_disk_does_not_wait_for_the_other(tmp_path):
+    """Which waits for it; how the run then ends, tests/e2e/test_hosts.py tries."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    both = [child(ONE_OF_TWO_ON_A_FULL_DISK, tmp_path, address, str(k)) for k in range(2)]
+    try:
+        out, errors = both[1].communicate(timeout=120)
+        assert "step 1 could not be written" in out and "file too large" in out, errors
+        assert both[0].poll() is None
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
