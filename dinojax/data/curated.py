@@ -276,6 +276,7 @@ def _parts(path: str) -> list[Component]:
             weights = dict.fromkeys(together["components"])
         else:
             weights = dict(zip(together["components"], together["weights"], strict=True))
+        weights = {name: None if of is None else float(of) for name, of in weights.items()}
         files = {name: part["samples"] for name, part in parts.items()}
         if len(files) < len(mixture["components"]):
             raise ValueError("two components have one name")
