@@ -18,17 +18,19 @@ MAY_IMPORT = {
     "training.schedules": (),
     "sharding": (),
     "hosts": (),
+    "planning": ("config", "data", "models", "planning", "sharding", "train", "training"),
     "preflight": ("config", "hosts", "sharding", "train"),
     "config": (),
     "startup": (),
     "convert": (),
     "backbone": ("models", "convert", "training.checkpoint", "sharding"),
+    "features": ("backbone", "data", "eval.common", "sharding"),
     "visualize": ("backbone", "eval", "data", "convert", "training.checkpoint"),
     "data_pictures": ("data", "visualize"),
     "crop_pictures": ("config", "data", "data_pictures", "visualize"),
     "verbs": (
         *("backbone", "config", "convert", "crop_pictures", "data", "data_pictures", "eval"),
-        *("training.checkpoint", "verbs", "visualize"),
+        *("features", "training.checkpoint", "verbs", "visualize"),
     ),
     "cli": ("verbs",),
     "__main__": ("cli",),
@@ -144,6 +146,21 @@ def test_no_array_work_at_import(path):
             calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
             wrong = [ast.unparse(c.func) for c in calls]
             assert not [w for w in wrong if w.startswith(("jnp.", "jax.random.", "jax.jit"))]
+
+
+CURATION = sorted((ROOT / "data_curation").rglob("*.py"))
+CURATION_MAY_IMPORT = ("backbone", "data", "features", "hosts", "sharding")
+
+
+@pytest.mark.parametrize("path", CURATION, ids=lambda p: p.stem)
+def test_data_curation_imports(path):
+    """Of dinojax only what embeds, reads images and finds devices; drawing only where drawn."""
+    found = imports(path)
+    wrong = {t for t in ours(path) if not any(begins(t, a) for a in CURATION_MAY_IMPORT)}
+    assert not wrong
+    assert not {i for i in found if any(begins(i, f) for f in FORBIDDEN)}
+    assert path.stem == "plots" or not {i for i in found if begins(i, "matplotlib")}
+    assert not {i.split(".")[0] for i in found} & {"experiments", "launch", "tests"}
 
 
 CONFIGS = sorted(p for p in (ROOT / "experiments").glob("*.py") if p.name != "__init__.py")

@@ -121,7 +121,9 @@ def zero_centers(config: ConfigDict, phase: ConfigDict, mesh: Mesh) -> dict[str,
     return jax.device_put(zeros, sharding.replicated(mesh))
 
 
-def abstract(config: ConfigDict, networks: NetworkSet, phase: ConfigDict, mesh: Mesh) -> State:
+def abstract(
+    config: ConfigDict, networks: NetworkSet, phase: ConfigDict, mesh: sharding.AnyMesh
+) -> State:
     """Shapes, dtypes and shardings of the state in `phase`; nothing is allocated."""
     shapes = jax.eval_shape(_initialiser(config, networks, phase), jax.random.key(0))
     placed = sharding.tree_shardings(mesh, shapes, config.mesh.shard_above)

@@ -17,6 +17,8 @@ from dinojax.kernels.prototypes import (
     target_probabilities,
 )
 from dinojax.losses.sinkhorn import sinkhorn_potentials
+from dinojax.sharding import make_mesh
+from dinojax.training import program
 
 N, M, K, WIDTH, TARGET_WIDTH, TEMP = 24, 8, 60, 8, 6, 0.1
 
@@ -118,6 +120,40 @@ def test_rows_on_eight_devices(problem):
     assert "all-gather" not in compiled.as_text() and "all-to-all" not in compiled.as_text()
     for a, b in zip(jax.tree.leaves(compiled(*sharded)), jax.tree.leaves(both(*arrays))):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [16, 24])
+def test_prototypes_on_eight_devices(problem, chunk):
+    """Prototypes lie in runs; a chunk takes a share of each, and alone is gathered at its turn.
+
+    24 does not divide by the eight devices' runs: then chunks are neighbours, with equal results.
+    """
+    x, targets, w = problem
+    rng = np.random.default_rng(2)
+    w, anchors = unit(rng, 64, WIDTH), unit(rng, 64, TARGET_WIDTH)
+    potentials = sinkhorn_potentials(targets.bottleneck, anchors, 0.07)
+    targets = Targets(targets.bottleneck, anchors, potentials, jnp.float32(0.07))
+    mesh = make_mesh(fsdp=8)
+    split, whole = NamedSharding(mesh, PartitionSpec("fsdp")), NamedSharding(mesh, PartitionSpec())
+    placed = Targets(split, split, Potentials(split, split), whole)
+
+    def loss(x, targets, w):
+        found = sinkhorn_potentials(targets.bottleneck, targets.prototypes, 0.07, chunk=chunk)
+        lse, contracted = cross_entropy_terms(x, targets, w, TEMP, chunk)
+        return lse.mean() - (contracted**2).mean(), found
+
+    both = jax.value_and_grad(loss, (0, 2), has_aux=True)
+    alone = jax.tree.leaves(both(x, targets, w))
+    with jax.set_mesh(mesh):
+        arrays = jax.device_put((x, targets, w), (split, placed, split))
+        placed_out = ((whole, Potentials(split, split)), (split, split))
+        compiled = jax.jit(both, out_shardings=placed_out).lower(*arrays).compile()
+        for a, b in zip(jax.tree.leaves(compiled(*arrays)), alone):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    gathered = [c for c in program.read(compiled.as_text()).collectives if c.kind == "all-gather"]
+    if chunk == 16:  # no gather is larger than a chunk of float32, and none moves the whole
+        assert gathered and max(8 * c.operand_bytes for c in gathered) <= 4 * chunk * WIDTH
+        assert "all-to-all" not in compiled.as_text()
 
 
 def test_scan_chunks_joins_outputs():
