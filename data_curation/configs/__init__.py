@@ -1,0 +1,1 @@
+"""Curations as config files: `python -m data_curation run --config data_curation/configs/X.py`."""
