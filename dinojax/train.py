@@ -307,17 +307,23 @@ def make_step(
         metrics, gradients, centers = gradients_of(
             state["student"], frozen, batch, state["centers"], scalars, key
         )
-        gradients, norms = optim.clip_by_network(gradients, config.optim.clip)
-        student, optimizer = optim.update(
-            state["student"], gradients, state["optimizer"], scalars, rules, betas
-        )
-        teacher = states.ema(state["teacher"], student, scalars["momentum"])
-        new = {"student": student, "teacher": teacher, "optimizer": optimizer, "centers": centers}
+        with jax.named_scope("update"):
+            gradients, norms = optim.clip_by_network(gradients, config.optim.clip)
+            student, optimizer = optim.update(
+                state["student"], gradients, state["optimizer"], scalars, rules, betas
+            )
+            teacher = states.ema(state["teacher"], student, scalars["momentum"])
+            new = {
+                "student": student,
+                "teacher": teacher,
+                "optimizer": optimizer,
+                "centers": centers,
+            }
 
-        finite = jnp.isfinite(metrics["loss"])
-        for norm in (*norms.values(), optax.global_norm(student)):
-            finite &= jnp.isfinite(norm)
-        kept = optim.select(finite, new, {name: state[name] for name in new})
+            finite = jnp.isfinite(metrics["loss"])
+            for norm in (*norms.values(), optax.global_norm(student)):
+                finite &= jnp.isfinite(norm)
+            kept = optim.select(finite, new, {name: state[name] for name in new})
         missed = 1 - finite.astype(jnp.int32)
         skipped = {
             "total": state["skipped"]["total"] + missed,

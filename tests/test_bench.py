@@ -65,3 +65,78 @@ def test_stages_of_rendered_images(bench_data):
 def test_a_batch_larger_than_the_source_is_refused(bench_data):
     with pytest.raises(ValueError, match="has 4 images, the batch needs 16"):
         bench_data.measure(config_of("scenes:4"), 0, 0.05)
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bench(bench_data):
+    return importlib.import_module("bench")
+
+
+@pytest.fixture(scope="module")
+def bench_shares(bench_data):
+    return importlib.import_module("bench_shares")
+
+
+def test_figures_of_a_step(bench, bench_shares):
+    """Two phases of the same experiment: the Gram teacher takes its share in the second only."""
+    bench_step = importlib.import_module("bench_step")
+    for index, gram in ((0, False), (1, True)):
+        config = configs.load_file(str(ROOT / "tests/e2e/tiny.py"), "")
+        config.mesh.fsdp = 8
+        figures = bench_step.measure_step(config, index, 2, True, None)
+        assert sum(figures["shares"].values()) == pytest.approx(1)
+        assert ("gram teacher" in figures["shares"]) == gram
+        assert figures["shares"]["student backward"] > figures["shares"]["teacher"] > 0
+        assert 0 < figures["seconds_min"] <= figures["seconds_per_step"]
+        assert 0 < figures["executed_utilisation"] < figures["nominal_utilisation"] < 1
+    assert "  student backward" in "\n".join(bench.lines(figures))
+
+
+def test_figures_of_features(bench):
+    bench_step = importlib.import_module("bench_step")
+    config = configs.load_file(str(ROOT / "tests/e2e/tiny.py"), "pretrain")
+    figures = bench_step.measure_features(config, 0, 2, 4)
+    assert figures["images_per_second"] == pytest.approx(4 / figures["seconds_per_step"])
+
+
+@pytest.mark.parametrize(
+    ("scopes", "found"),
+    [
+        ("jit(step)/teacher/while/body/dot_general", "teacher"),
+        ("jit(step)/jvp(student)/while/body/dot_general", "student forward"),
+        ("jit(step)/transpose(jvp(student))/while/body/checkpoint/exp", "student backward"),
+        ("jit(step)/jvp(losses)/gram/while/body/dot_general", "gram teacher"),
+        ("jit(step)/transpose(jvp(losses))/dot_general", "heads and losses"),
+        ("jit(step)/update/mul", "optimiser + EMA"),
+        ("reduce_sum", "other"),
+    ],
+)
+def test_part_of_a_step(bench_shares, scopes, found):
+    assert bench_shares.part(scopes) == found
+
+
+def test_shares_leave_out_containers(bench_shares):
+    program = """
+      %fusion.1 = f32[2]{0} fusion(%a), metadata={op_name="jit(step)/update/mul"}
+      %while.2 = (f32[2]{0}) while(%b), metadata={op_name="jit(step)/teacher/while"}
+      ROOT dot.3 = f32[2]{0} dot(%c, %d), metadata={op_name="jit(step)/teacher/dot_general"}
+    """
+    spent = iter([("fusion.1", 1.0), ("while.2", 90.0), ("dot.3", 2.0), ("dot.3", 1.0)])
+    shares = bench_shares.divide(spent, bench_shares.parts(program))
+    assert shares == {"teacher": 0.75, "optimiser + EMA": 0.25}
+    with pytest.raises(ValueError, match="no operation of the step"):
+        bench_shares.divide(iter([("other.1", 1.0)]), bench_shares.parts(program))
+
+
+def test_comparison(bench, tmp_path, capsys):
+    a = {"seconds_per_step": 2.0, "device": "cpu", "shares": {"teacher": 0.5}}
+    b = {"seconds_per_step": 1.0, "device": "cpu", "shares": {"teacher": 0.25}, "loss": 1.0}
+    lines = bench.compare(a, b)
+    assert lines[1].split() == ["seconds_per_step", "2", "1", "0.500"]
+    assert lines[4].split() == ["teacher", "0.5", "0.25", "0.500"]
+    assert lines[5].split() == ["loss", "None", "1"]
+    with pytest.raises(ValueError, match="no file that --json wrote"):
+        bench.read(str(tmp_path / "missing.json"))

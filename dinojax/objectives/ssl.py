@@ -9,7 +9,8 @@ the whole batch or once per micro-batch:
     loss       = loss(student, frozen, views, ...)    student forward and every loss term
 
 Only bottleneck features and potentials cross from one to the next, never a [rows, prototypes]
-table. Rows are image-major: all views of image 0 first.
+table. Rows are image-major: all views of image 0 first. The named scopes (photometrics, teacher,
+student, losses, gram) are what `launch/bench.py --shares` divides a step's time by.
 """
 
 import math
@@ -72,6 +73,7 @@ def make_loss_fn(
     weights, centering = phase.losses, phase.losses.centering
     temp = weights.student_temp
 
+    @jax.named_scope("photometrics")
     def prepare(batch: Arrays) -> Arrays:
         side = math.isqrt(batch["masks"].shape[-1]) * patch_size  # of the global crops
         return constrain_batch(
@@ -80,20 +82,24 @@ def make_loss_fn(
 
     def teach(frozen: Params, views: Arrays, batch: Arrays) -> Arrays:
         teacher = frozen["teacher"]
-        (seen,) = networks.teacher["backbone"](teacher["backbone"], (fold(views["global"]),))
+        with jax.named_scope("teacher"):
+            (seen,) = networks.teacher["backbone"](teacher["backbone"], (fold(views["global"]),))
         taught: Arrays = {}
         if weights.dino:
-            cls = networks.teacher["dino_head"](teacher["dino_head"], seen.cls, method="bottleneck")
-            taught["dino"] = unfold(cls, 2)  # [b, 2, bottleneck]
+            cls = unfold(seen.cls, 2)
+            taught["dino"] = teacher_rows("dino", teacher, cls)  # [b, 2, bottleneck]
         if weights.ibot:
             chosen = masked_tokens(seen.patches, batch["mask_indices"])
-            taught["ibot"] = head_rows(
-                networks.teacher["ibot_head"], teacher["ibot_head"], chosen
-            )  # [g, m, bottleneck]
+            taught["ibot"] = teacher_rows("ibot", teacher, chosen)  # [g, m, bottleneck]
         if phase.gram.teacher == "ema":
             taught["patches"] = unfold(seen.patches, 2)  # [b, 2, p, d]
         return taught
 
+    @jax.named_scope("losses")
+    def teacher_rows(name: str, teacher: Params, x: Float[Array, "a n d"]) -> Float[Array, "a n k"]:
+        return head_rows(networks.teacher[f"{name}_head"], teacher[f"{name}_head"], x)
+
+    @jax.named_scope("losses")
     def match(
         frozen: Params, taught: Arrays, centers: Arrays, scalars: Arrays
     ) -> tuple[Arrays, Arrays]:
@@ -146,13 +152,30 @@ def make_loss_fn(
         key: PRNGKeyArray | None,
     ) -> tuple[Float[Array, ""], Arrays]:
         masks = fold(batch["masks"]) if masked_student else None
-        seen_global, seen_local = networks.student["backbone"](
-            student["backbone"],
-            (fold(views["global"]), fold(views["local"])),
-            masks=(masks, None),
-            groups=batch["groups"],
-            key=None if key is None else jax.random.fold_in(key, STUDENT_KEY),
-        )
+        with jax.named_scope("student"):
+            seen_global, seen_local = networks.student["backbone"](
+                student["backbone"],
+                (fold(views["global"]), fold(views["local"])),
+                masks=(masks, None),
+                groups=batch["groups"],
+                key=None if key is None else jax.random.fold_in(key, STUDENT_KEY),
+            )
+        seen = (seen_global, seen_local)
+        return terms(student, frozen, views, batch, taught, potentials, scalars, *seen)
+
+    @jax.named_scope("losses")
+    def terms(
+        student: Params,
+        frozen: Params,
+        views: Arrays,
+        batch: Arrays,
+        taught: Arrays,
+        potentials: Arrays,
+        scalars: Arrays,
+        seen_global: Any,
+        seen_local: Any,
+    ) -> tuple[Float[Array, ""], Arrays]:
+        """Every loss term and their sum, of what the student saw in the two crop sizes."""
         locals_ = views["local"].shape[1]
         cls_global = unfold(seen_global.cls, 2).astype(jnp.float32)  # [b, 2, d]
         metrics: Arrays = {"cls_spread": spread(cls_global, batch["groups"].shape[0])}
@@ -213,7 +236,8 @@ def make_loss_fn(
         rows, cols = (side // patch_size for side in views["global"].shape[2:4])
         if phase.gram.teacher == "ema":
             return fold(taught["patches"])
-        (anchor,) = networks.gram(frozen["gram"], (fold(views["gram"]),))
+        with jax.named_scope("gram"):
+            (anchor,) = networks.gram(frozen["gram"], (fold(views["gram"]),))
         grid = tuple(side // patch_size for side in views["gram"].shape[2:4])
         return gram.resize_features(
             anchor.patches, grid, (rows, cols), phase.gram.resize, phase.gram.antialias

@@ -1,13 +1,15 @@
 """Our training step against PyTorch's, in turn on the same machine: A B A B.
 
     python tests/benchmarks/compare_step.py --torch-python /path/to/python [--reference CHECKOUT] \
-        [--what step|gram|forward] [--rounds 3] [--steps 10] [--json FILE] [-- MORE FLAGS OF OURS]
+        [--what step|gram|forward] [--libraries transformers,timm] [--rounds 3] [--steps 10]
+        [--json FILE] [-- MORE FLAGS OF OURS]
 
 Cores are often shared, so the result is the ratio of neighbouring runs (theirs / ours: above 1 ours
 is faster, or smaller); the load average before each run is recorded. Ours is `launch/bench.py` on
 the ViT-L recipes brought down to ViT-S/16, batch 4, K = 4,096, float32, without stochastic depth
 and with the photometric probabilities at 0, which leaves their kernels out; theirs is
-`torch_step.py`, and with `--reference` the public reference implementation too.
+`torch_step.py`, and with `--reference` the public reference implementation too. The forward pass
+(8 images) also has `--libraries`: what those two give, as they are and compiled.
 """
 
 import argparse
@@ -49,14 +51,13 @@ GRAM = {
 
 
 def our_command(what: str, steps: int, more: list[str]) -> list[str]:
-    if what == "forward":
-        return [sys.executable, str(HERE / "jax_forward.py"), f"--steps={steps}", *more]
     experiment = "gram_vitl.py" if what == "gram" else "pretrain_vitl.py"
     changes = {**SMALL, **(GRAM if what == "gram" else {})}
     return [
         *(sys.executable, "launch/bench.py", f"--config=experiments/{experiment}"),
         *(f"--config.{key}={value}" for key, value in changes.items()),
         *(f"--phase={int(what == 'gram')}", f"--steps={steps}"),
+        *(["--features"] if what == "forward" else []),
         *more,
     ]
 
@@ -79,6 +80,7 @@ def main() -> None:
     parser.add_argument("--torch-python", required=True, help="a python that has torch")
     parser.add_argument("--reference", help="a checkout of the public reference implementation")
     parser.add_argument("--what", choices=("step", "gram", "forward"), default="step")
+    parser.add_argument("--libraries", default="", help="of the forward pass: transformers,timm")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json")
@@ -92,8 +94,12 @@ def main() -> None:
     if options.reference:
         script = [options.torch_python, str(HERE / "reference_step.py"), *shared]
         commands["reference"] = [*script, f"--reference={options.reference}"]
+    for library in filter(None, options.libraries.split(",")):
+        script = [options.torch_python, str(HERE / "torch_features.py"), f"--library={library}"]
+        commands[library] = [*script, f"--steps={options.steps}"]
+        commands[f"{library} compiled"] = [*commands[library], "--compile"]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
-    print(f"{'run':9} {'load':>6} {'median s':>9} {'min s':>8} {'max s':>8} {'peak GB':>8}")
+    print(f"{'run':21} {'load':>6} {'median s':>9} {'min s':>8} {'max s':>8} {'peak GB':>8}")
     for _ in range(options.rounds):
         for name, command in commands.items():
             figures = run(command)
@@ -101,7 +107,7 @@ def main() -> None:
             times = (figures[key] for key in ("seconds_per_step", "seconds_min", "seconds_max"))
             shown = "  ".join(f"{value:7.3f}" for value in times)
             peak = figures["peak_memory_bytes"] / 1e9
-            print(f"{name:9} {figures['load']:6.2f}   {shown}  {peak:7.2f}", flush=True)
+            print(f"{name:21} {figures['load']:6.2f}   {shown}  {peak:7.2f}", flush=True)
     result: dict[str, Any] = {"what": options.what, "runs": runs}
     for peer in list(commands)[1:]:
         for label, key in (
