@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from data_curation.files import read_json, write_json, write_npy
 
@@ -91,10 +92,17 @@ class Checkpoints:
         return sorted(int(found[1]) for p in names if (found := pattern.fullmatch(p.name)))
 
 
-def stopping(stop: Callable[[], bool] | None) -> bool:
-    """Whether any process is asked to stop, the same answer on all; all must call it together."""
-    asked = stop is not None and stop()
-    if jax.process_count() == 1:
+def stopping(stop: Callable[[], bool] | None, mesh: Mesh | None = None) -> bool:
+    """Whether any process of the mesh (None: of all) is asked to stop; the same answer on all.
+
+    All must call it together, all with a `stop` or none; a process whose mesh is its own devices
+    asks nobody.
+    """
+    if stop is None:
+        return False
+    asked = stop()
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    if len({device.process_index for device in devices}) == 1:
         return asked
     return bool(multihost_utils.process_allgather(np.asarray(asked)).any())
 

@@ -20,10 +20,12 @@ from data_curation.checkpoints import Checkpoints, stopping
 from data_curation.device_rows import Chunk, DeviceRows, device_rows, origin, unit_rows
 from data_curation.embeddings import EmbeddingSet, as_embeddings
 from data_curation.files import Stopped
+from data_curation.kmeans_parallel import kmeans_parallel
 from data_curation.lloyd import METRICS, PRECISIONS, Totals, lloyd_pass
-from data_curation.seeding import INITS, checked_k, seed_rows
+from data_curation.seeding import checked_k, greedy, trials_for
 from dinojax.data.options import nearest
 
+INITS = ("kmeans++", "kmeans||", "random")
 EMPTY = ("keep", "split", "drop")
 _SPLIT = 1 / 1024  # how far an empty cluster and its donor are set apart, of the rows' spread
 
@@ -88,7 +90,7 @@ def kmeans(
 
     Args:
       x: vectors; those of a set larger than memory are read again in every pass.
-      init: a rule of `seeding.INITS`, or the centroids to start from.
+      init: a rule of INITS, or the centroids to start from.
       init_sample: the rule sees only this many rows, drawn uniformly; None: all.
       n_iters: most updates of the centroids.
       metric: "l2"; "spherical", rows and centroids scaled to length 1; "cos_raw", the public
@@ -192,12 +194,28 @@ def _seeds(
     """Positions of the starting centres, among all rows or a sample of them."""
     n = len(rows.x)
     if sample is None or sample >= n:
-        return seed_rows(rows, k, init, rng, checkpoints, settings.stop)
+        return _seed_rows(rows, k, init, rng, checkpoints, settings.stop)
     some = np.sort(rng.choice(n, max(sample, k), replace=False))
     few = device_rows(
         rows.x.restrict(rows.x.row_of(some)), rows.mesh, rows.shift, rows.unit, rows.stop
     )
-    return some[seed_rows(few, k, init, rng, checkpoints, settings.stop)]
+    return some[_seed_rows(few, k, init, rng, checkpoints, settings.stop)]
+
+
+def _seed_rows(
+    rows: DeviceRows,
+    k: int,
+    init: str,
+    rng: np.random.Generator,
+    checkpoints: Checkpoints | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Int64[np.ndarray, " c"]:
+    """Positions of k (or, of fewer distinct rows, fewer) starting centres by a rule of INITS."""
+    if init == "random":
+        return np.sort(rng.choice(len(rows.x), k, replace=False)).astype(np.int64)
+    if init == "kmeans||":
+        return kmeans_parallel(rows, k, rng)
+    return greedy(rows, k, rng, trials_for(k), checkpoints=checkpoints, stop=stop)[0]
 
 
 def _lloyd(
@@ -216,7 +234,7 @@ def _lloyd(
     if checkpoints and (found := checkpoints.load()):
         history, centroids = found[0]["history"], found[1]["centroids"]
     while len(history) < settings.n_iters and not (history and history[-1]["done"]):
-        if stopping(settings.stop):
+        if stopping(settings.stop, rows.mesh):
             raise Stopped(f"after iteration {len(history)}")
         start = time.perf_counter()
         found = lloyd_pass(rows, centroids, settings.metric, settings.precision)

@@ -22,7 +22,7 @@ def metric_of(name: str) -> str:
     return "cos_raw" if name.startswith("cos") else "l2"
 
 
-@vectors.files("kmeans_lloyd", sub=lambda case: prefixes(case, "_init"))
+@vectors.files("curation/kmeans_lloyd", sub=lambda case: prefixes(case, "_init"))
 def test_lloyd(case, sub):
     x, init, centroids, stored, margin, inertia = (
         case[f"{sub}_{name}"] for name in ("X", "init", "centroids", "assign", "margin", "inertia")
@@ -44,7 +44,7 @@ def test_lloyd(case, sub):
             )
 
 
-@vectors.files("kmeans_lloyd", sub=lambda case: prefixes(case, "_init"))
+@vectors.files("curation/kmeans_lloyd", sub=lambda case: prefixes(case, "_init"))
 def test_end_to_end(case, sub):
     x, init, centroids = (case[f"{sub}_{name}"] for name in ("X", "init", "centroids"))
     found = kmeans(x, len(init), init=init, n_iters=len(centroids) - 1, metric=metric_of(sub))
@@ -53,7 +53,7 @@ def test_end_to_end(case, sub):
     np.testing.assert_allclose(found.potential, potential, rtol=1e-4)
 
 
-@vectors.files("kmeans_plusplus", sub=lambda case: prefixes(case, "_uniforms"))
+@vectors.files("curation/kmeans_plusplus", sub=lambda case: prefixes(case, "_uniforms"))
 def test_kmeans_plusplus(case, sub):
     x, first, uniforms, candidates, chosen, potentials, numpy_seed = (
         case[f"{sub}_{name}"]
