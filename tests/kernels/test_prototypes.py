@@ -17,8 +17,8 @@ from dinojax.kernels.prototypes import (
     target_probabilities,
 )
 from dinojax.losses.sinkhorn import sinkhorn_potentials
+from dinojax.planning import program
 from dinojax.sharding import make_mesh
-from dinojax.training import program
 
 N, M, K, WIDTH, TARGET_WIDTH, TEMP = 24, 8, 60, 8, 6, 0.1
 

@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 from dinojax.layers.attention import Attention
 from dinojax.models.functional import functional
+from dinojax.planning import program
 from dinojax.sharding import make_mesh
-from dinojax.training import program
 
 DIM, HEADS = 12, 3
 
