@@ -269,7 +269,7 @@ def _read_run(
     teacher = {part: teacher} if part else teacher
     flat = {path_name(key): x for key, x in jax.tree_util.tree_leaves_with_path(teacher)}
     config = json.loads((run / "config.json").read_text())["config"]
-    return {name: np.asarray(x) for name, x in flat.items()}, _settings(config, step)
+    return {name: np.asarray(x, np.float32) for name, x in flat.items()}, _settings(config, step)
 
 
 def _settings(config: Mapping[str, Any], step: int) -> Settings:
@@ -340,7 +340,7 @@ def _whole(x: Any) -> np.ndarray:
         from jax.experimental import multihost_utils
 
         x = multihost_utils.process_allgather(x, tiled=True)
-    return np.ascontiguousarray(jax.device_get(x))
+    return np.ascontiguousarray(jax.device_get(x), np.float32)  # a teacher may be bfloat16
 
 
 def _stack(images: Any) -> np.ndarray:

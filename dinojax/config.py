@@ -26,6 +26,7 @@ def base() -> ConfigDict:
     config.batch_size = 2048  # images in the global batch of one step
     config.group = 64  # images the reference would hold on one GPU (DESIGN: groups)
     config.microbatches = 1  # pieces the batch is cut into, one after the other; same results
+    config.teacher_dtype = "float32"  # bfloat16: half the memory, averaged with random rounding
     config.model = ConfigDict(
         {
             "name": "vit",  # or config.model = convnext()
@@ -402,6 +403,9 @@ def validate(config: ConfigDict) -> None:
     _validate_data(config.data)
     if config.init not in ("fixed", "fan_in"):
         raise ValueError(f"config.init is {config.init!r}; known: 'fixed', 'fan_in'")
+    if config.teacher_dtype not in ("float32", "bfloat16"):
+        known = nearest(config.teacher_dtype, ("float32", "bfloat16"))
+        raise ValueError(f"config.teacher_dtype is {config.teacher_dtype!r}; {known}")
     first = 0
     for phase_config in config.phases:
         _validate_phase(config, phase_config)

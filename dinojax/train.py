@@ -312,7 +312,7 @@ def make_step(
             student, optimizer = optim.update(
                 state["student"], gradients, state["optimizer"], scalars, rules, betas
             )
-            teacher = states.ema(state["teacher"], student, scalars["momentum"])
+            teacher = states.ema(state["teacher"], student, scalars["momentum"], state["step"])
             new = {
                 "student": student,
                 "teacher": teacher,
@@ -413,7 +413,7 @@ def begin_phase(
             loaded = fresh["student"]
         else:
             loaded = load_weights(phase.start, fresh["student"])
-        both = {"student": states.copy(loaded), "teacher": states.copy(loaded)}
+        both = {name: states.copy(loaded, fresh[name]) for name in ("student", "teacher")}
         state = {**fresh, **both, "step": sharding.to_counter(span.first, run.mesh)}
     if phase.gram.teacher == "snapshot":
         like = state["teacher"]["backbone"]

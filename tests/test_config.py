@@ -60,6 +60,7 @@ REFUSED = {
     "no phases": (lambda c, p: c.update(phases=()), "phases is empty"),
     "one name twice": (lambda c, p: c.update(phases=(p, p)), r"different names.*'only', 'only'"),
     "objective": (lambda c, p: c.update(objective="sll"), "'sll'; known: 'ssl'"),
+    "teacher": (lambda c, p: c.update(teacher_dtype="bf16"), r"'bf16'.*'bfloat16'"),
     "channels": (lambda c, p: c.model.update(in_channels=4), "mean has 3 values for 4 channels"),
     "steps": (lambda c, p: p.update(steps=0), "steps is 0, expected at least 1"),
     "batch": (lambda c, p: c.update(batch_size=45), r"45 is not a multiple.*8 x 1; .*=48"),

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, BFloat16, Float, Int, PRNGKeyArray, UInt32
 from ml_collections import ConfigDict
 
 from dinojax import sharding
@@ -92,16 +92,27 @@ def _to_fan_in(path: tuple[Any, ...], weight: Array) -> Array:
     return weight * (inputs**-0.5 / 0.02)
 
 
-def from_params(params: Params, *, gram: bool, centers: Mapping[str, int]) -> State:
-    """The state at the start of training from `params`: the teacher is an exact copy."""
-    copy = jax.tree.map(jnp.copy, params)
+def from_params(
+    params: Params, *, gram: bool, centers: Mapping[str, int], teacher_dtype: str = "float32"
+) -> State:
+    """The state at the start of training from `params`: the teacher is a copy.
+
+    With `teacher_dtype` "bfloat16" its matrices, which products round to bfloat16 anyway, and those
+    of the Gram teacher are kept so; vectors stay float32.
+    """
+
+    def kept(path: tuple[Any, ...], x: Array) -> Array:
+        matrix = sharding.path_name(path).endswith(("kernel", "prototypes"))
+        return jnp.array(x, teacher_dtype if matrix else x.dtype, copy=True)
+
+    teacher = jax.tree_util.tree_map_with_path(kept, params)
     zero = jnp.zeros((), jnp.int32)
     return {
         "step": zero,
         "student": params,
-        "teacher": copy,
+        "teacher": teacher,
         "optimizer": optim.init(params),
-        "gram": jax.tree.map(jnp.copy, params["backbone"]) if gram else {},
+        "gram": jax.tree.map(jnp.copy, teacher["backbone"]) if gram else {},
         "centers": {name: jnp.zeros((size,), jnp.float32) for name, size in centers.items()},
         "skipped": {"total": zero, "in_a_row": zero},
     }
@@ -144,13 +155,51 @@ def _initialiser(
 ) -> Callable[[PRNGKeyArray], State]:
     centers, gram = center_sizes(config, phase), phase.gram.teacher == "snapshot"
     return lambda key: from_params(
-        init_params(networks, key, config.init), gram=gram, centers=centers
+        init_params(networks, key, config.init),
+        gram=gram,
+        centers=centers,
+        teacher_dtype=config.teacher_dtype,
     )
 
 
-def ema(teacher: Params, student: Params, momentum: Float[Array, ""]) -> Params:
-    """teacher <- momentum * teacher + (1 - momentum) * student, float32 (spec 6.4)."""
-    return jax.tree.map(lambda t, s: momentum * t + (1.0 - momentum) * s, teacher, student)
+def ema(
+    teacher: Params, student: Params, momentum: Float[Array, ""], step: Int[Array, ""] | int = 0
+) -> Params:
+    """teacher <- momentum * teacher + (1 - momentum) * student, in float32 (spec 6.4).
+
+    A bfloat16 teacher is rounded up or down at random, so that its mean is the float32 average: to
+    the nearest it would stand still, since a step of 0.4 % of the difference is less than a bit.
+    """
+
+    steps = jnp.asarray(step, jnp.uint32) * jnp.uint32(0x9E3779B9)
+
+    def one(number: int, t: Array, s: Array) -> Array:
+        mean = momentum * t.astype(jnp.float32) + (1.0 - momentum) * s
+        if t.dtype == jnp.float32:
+            return mean
+        return randomly_rounded(mean, steps + jnp.uint32(number))
+
+    leaves, tree = jax.tree.flatten(teacher)
+    pairs = zip(leaves, jax.tree.leaves(student), strict=True)
+    return jax.tree.unflatten(tree, [one(number, *pair) for number, pair in enumerate(pairs)])
+
+
+def randomly_rounded(x: Float[Array, "*n"], seed: UInt32[Array, ""]) -> BFloat16[Array, "*n"]:
+    """bfloat16 above or below each float32, likelier the nearer one: the mean is x.
+
+    Random bits are a hash of an entry's place and the seed ("lowbias32" of C. Wellons), so they
+    depend on no device and cost a few integer operations in the loop that averages anyway.
+    """
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    noise = place * jnp.uint32(0x85EBCA6B) ^ seed
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        noise = (noise ^ noise >> shift) * jnp.uint32(factor)
+    noise = (noise ^ noise >> 16) >> 16  # 0 .. 2^16 - 1: the bits that bfloat16 drops
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    kept = bits & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(kept, jnp.float32).astype(jnp.bfloat16)
 
 
 def refresh_gram(state: State) -> State:
@@ -159,6 +208,7 @@ def refresh_gram(state: State) -> State:
 
 
 @jax.jit
-def copy(tree: Params) -> Params:
-    """New buffers with the same values, each on the devices where it was."""
-    return jax.tree.map(jnp.copy, tree)
+def copy(tree: Params, like: Params | None = None) -> Params:
+    """New buffers with the same values, each on its devices, in the dtypes of `like`."""
+    like = tree if like is None else like
+    return jax.tree.map(lambda x, y: jnp.array(x, y.dtype, copy=True), tree, like)

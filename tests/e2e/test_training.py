@@ -95,6 +95,27 @@ def test_steps_on_one_batch(tools, tmp_path):
     assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 0.05, losses
 
 
+def test_bfloat16_teacher(tools, tmp_path):
+    """Half the teacher's memory, by a key; what is loaded of it afterwards is float32."""
+    config = configs.load_file(str(tools.TINY), "pretrain")
+    config.teacher_dtype = "bfloat16"
+    with tools.restored():
+        run = train.prepare(config, tmp_path / "run")
+        assert train.train(run) == 0
+    rows = tools.rows(tmp_path / "run")
+    assert len(rows) == 6
+    assert all(np.isfinite(row["loss"]) and row["skipped"] == 0 for row in rows)
+    saves = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    saved = saves.restore_item(saves.latest(), "teacher/backbone")
+    assert saved["blocks"]["attn"]["qkv"]["kernel"].dtype == jax.numpy.bfloat16
+    assert saved["norm"]["scale"].dtype == np.float32
+    for source in (tmp_path / "run", tmp_path / "run" / "weights" / "teacher.safetensors"):
+        params = dinojax.load(source).params
+        for value, kept in zip(leaves(params), leaves(saved), strict=True):
+            assert value.dtype == np.float32
+            np.testing.assert_array_equal(value, np.asarray(kept, np.float32))
+
+
 def test_compiled_ahead_is_not_compiled_again():
     """`compile_step` counts on jit finding what lower().compile() made; it would cost minutes."""
     times = []

@@ -129,6 +129,44 @@ def test_ema() -> None:
     np.testing.assert_allclose(found["a"]["b"], wanted, rtol=1e-6, atol=1e-7)
 
 
+def test_ema_of_a_bfloat16_teacher() -> None:
+    """Steps far below a bit of bfloat16 add up all the same; vectors stay float32."""
+    random = np.random.default_rng(0)
+    values = random.normal(size=(2, 64, 256)).astype(np.float32)
+    start = {"fc": {"kernel": jnp.asarray(values[0]), "bias": jnp.zeros(3)}}
+    student = {"fc": {"kernel": jnp.asarray(values[1]), "bias": jnp.ones(3)}}
+    params = {"backbone": start}
+    teacher = states.from_params(params, gram=True, centers={}, teacher_dtype="bfloat16")
+    assert teacher["gram"]["fc"]["kernel"].dtype == jnp.bfloat16
+    rounded = teacher["teacher"]["backbone"]
+    assert rounded["fc"]["bias"].dtype == jnp.float32
+    exact, average = start, jax.jit(states.ema)
+    for step in range(300):
+        exact = average(exact, student, jnp.float32(0.999), jnp.int32(step))
+        rounded = average(rounded, student, jnp.float32(0.999), jnp.int32(step))
+    found, wanted = (np.float64(x["fc"]["kernel"]) for x in (rounded, exact))
+    assert rounded["fc"]["kernel"].dtype == jnp.bfloat16
+    # Way gone: 26 %. What is left is noise of about a bit, a hundredth of that in the mean.
+    way = np.float64(values[1]) - values[0]
+    assert abs(((found - wanted) * way).mean() / (way**2).mean()) < 1e-3
+    assert np.abs(found - wanted).mean() < 0.02
+    np.testing.assert_allclose(rounded["fc"]["bias"], exact["fc"]["bias"], rtol=1e-6)
+
+
+def test_random_rounding() -> None:
+    """One of the two neighbours, the nearer one likelier: on average the number itself."""
+    x = jnp.full((400, 500), 1.0 + 0.25 * 2**-7, jnp.float32)
+    found = np.float64(states.randomly_rounded(x, jnp.uint32(7)))
+    assert set(np.unique(found)) == {1.0, 1.0 + 2**-7}
+    assert abs((found > 1).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / x.size)
+    other = np.float64(states.randomly_rounded(x, jnp.uint32(8)))
+    assert abs(np.corrcoef(found.ravel(), other.ravel())[0, 1]) < 4 / np.sqrt(x.size)
+    rows = (found > 1).mean(axis=1), (found > 1).mean(axis=0)
+    assert all(abs(np.std(r) - np.sqrt(0.1875 / n)) < 0.003 for r, n in zip(rows, (500, 400)))
+    exact = jnp.asarray([0.0, -1.5, 2.0**-100, jnp.inf], jnp.float32)  # bfloat16 already
+    np.testing.assert_array_equal(np.float32(states.randomly_rounded(exact, jnp.uint32(1))), exact)
+
+
 def test_refresh_gram(created) -> None:
     teacher = jax.tree.map(lambda x: x + 1, created["teacher"])
     state = states.refresh_gram({**created, "teacher": teacher})
