@@ -71,8 +71,8 @@ def test_a_batch_larger_than_the_source_is_refused(bench_data):
 
 
 @pytest.fixture(scope="module")
-def bench(bench_data):
-    return importlib.import_module("bench")
+def bench_figures(bench_data):
+    return importlib.import_module("bench_figures")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def bench_shares(bench_data):
     return importlib.import_module("bench_shares")
 
 
-def test_figures_of_a_step(bench, bench_shares):
+def test_figures_of_a_step(bench_figures, bench_shares):
     """Two phases of the same experiment: the Gram teacher takes its share in the second only."""
     bench_step = importlib.import_module("bench_step")
     for index, gram in ((0, False), (1, True)):
@@ -92,10 +92,10 @@ def test_figures_of_a_step(bench, bench_shares):
         assert figures["shares"]["student backward"] > figures["shares"]["teacher"] > 0
         assert 0 < figures["seconds_min"] <= figures["seconds_per_step"]
         assert 0 < figures["executed_utilisation"] < figures["nominal_utilisation"] < 1
-    assert "  student backward" in "\n".join(bench.lines(figures))
+    assert "  student backward" in "\n".join(bench_figures.lines(figures))
 
 
-def test_figures_of_features(bench):
+def test_figures_of_features(bench_data):
     bench_step = importlib.import_module("bench_step")
     config = configs.load_file(str(ROOT / "tests/e2e/tiny.py"), "pretrain")
     figures = bench_step.measure_features(config, 0, 2, 4)
@@ -131,12 +131,12 @@ def test_shares_leave_out_containers(bench_shares):
         bench_shares.divide(iter([("other.1", 1.0)]), bench_shares.parts(program))
 
 
-def test_comparison(bench, tmp_path, capsys):
+def test_comparison(bench_figures, tmp_path):
     a = {"seconds_per_step": 2.0, "device": "cpu", "shares": {"teacher": 0.5}}
     b = {"seconds_per_step": 1.0, "device": "cpu", "shares": {"teacher": 0.25}, "loss": 1.0}
-    lines = bench.compare(a, b)
+    lines = bench_figures.compare(a, b)
     assert lines[1].split() == ["seconds_per_step", "2", "1", "0.500"]
     assert lines[4].split() == ["teacher", "0.5", "0.25", "0.500"]
     assert lines[5].split() == ["loss", "None", "1"]
     with pytest.raises(ValueError, match="no file that --json wrote"):
-        bench.read(str(tmp_path / "missing.json"))
+        bench_figures.read(str(tmp_path / "missing.json"))
