@@ -63,7 +63,7 @@ def test_what_is_committed(name):
     code = [cell for cell in book.cells if cell.cell_type == "code"]
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
     text = (COLAB / f"{name}.ipynb").read_text()
-    assert "/work/" not in text and "/tmp" not in text
+    assert "/home/" not in text and "/tmp" not in text
 
 
 def test_pretrain(tmp_path):
